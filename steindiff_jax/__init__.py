@@ -1,0 +1,11 @@
+"""Few-step sampling of diffusion and flow models with Stein-corrected ODE steps, in pure JAX."""
+
+from steindiff_jax._typing import Denoiser, Info, Solution, Solver, State, Step, pytree, static
+from steindiff_jax.denoisers import Network, from_linen, from_nnx, guided
+from steindiff_jax.grids import karras_sigmas, log_snr_sigmas
+from steindiff_jax.sample import sample
+from steindiff_jax.schedules import EDM, Discrete, RectifiedFlow, VPCosine, VPLinear
+from steindiff_jax.solvers import DDIM, IPNDM, DPMpp2M, DPMpp3M, Heun
+from steindiff_jax.stein import CleanTarget, Exact, Hutchinson, Stein, StepEnergy, Tweedie
+
+__version__ = "0.1.0"

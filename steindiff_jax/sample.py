@@ -1,0 +1,143 @@
+"""The driver: one scan over the sigmas."""
+
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from steindiff_jax._numerics import accurate, sample_keys
+from steindiff_jax._typing import (
+    Batch,
+    Denoiser,
+    Info,
+    Key,
+    Record,
+    Scalar,
+    Sigmas,
+    Solution,
+    Solver,
+    State,
+)
+from steindiff_jax.grids import check_sigmas
+from steindiff_jax.solvers import DPMpp3M
+from steindiff_jax.stein import Stein
+
+
+def sample(
+    key: Key,
+    denoiser: Denoiser,
+    shape: tuple[int, ...] | None = None,
+    *,
+    sigmas: ArrayLike,
+    solver: Solver | None = None,
+    x_init: ArrayLike | None = None,
+    record: Record | None = None,
+) -> Solution:
+    """Sample by integrating the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma.
+
+    Call it as it is, or inside your own jit, vmap, grad and scan. Called as it is, it compiles once
+    for each shape and number of steps: another key, another grid, other numbers in the solver and
+    other weights in a pytree denoiser do not trace again. A denoiser that is a plain function is
+    known by its identity, as under `jax.jit`: what it closes over is read once. Pass weights
+    that change in a pytree (`from_linen`, `from_nnx`, `jax.tree_util.Partial`).
+
+    Args:
+      key: of `jax.random`, for the initial noise and for the solver's probes.
+      denoiser: (x, sigma) -> x0 estimate, with x = x0 + sigma * noise of shape (batch, *event).
+      shape: (batch, *event) of noise to start from.
+      sigmas: (steps + 1,) decreasing noise-to-signal ratios; end in 0 for clean samples. See
+        `karras_sigmas`.
+      solver: default `Stein(DPMpp3M())`.
+      x_init: (batch, *event) start at sigmas[0], in place of sigmas[0] * noise.
+      record: (state, step) -> anything; what it returns is stacked over the steps.
+
+    Returns:
+      `Solution`. Its x is in float32 or wider, whatever the network computes in.
+
+    Raises:
+      ValueError: for a grid that is not one, a shape and an x_init that disagree, an integer
+        x_init, a denoiser whose result has another shape or dtype than x. Non-finite samples
+        raise nothing: they are marked in info.finite and left out of the statistics.
+    """
+    sigmas = accurate(check_sigmas(sigmas))
+    solver = Stein(DPMpp3M()) if solver is None else solver
+    if x_init is None:
+        if shape is None or len(shape) < 1:
+            raise ValueError(f"shape (batch, *event) or x_init is needed, got shape={shape}")
+    else:
+        x_init = jnp.asarray(x_init)
+        if not jnp.issubdtype(x_init.dtype, jnp.floating):
+            raise ValueError(f"x_init must be floating point, got {x_init.dtype}")
+        if shape is not None and tuple(shape) != x_init.shape:
+            raise ValueError(f"x_init must have shape {tuple(shape)}, got {x_init.shape}")
+        x_init = accurate(x_init)
+    data, program = _split((denoiser, solver, record))
+    shape = None if shape is None or x_init is not None else tuple(shape)
+    return _sample(key, data, sigmas, x_init, program=program, shape=shape)
+
+
+@partial(jax.jit, static_argnames=("program", "shape"))
+def _sample(
+    key: Key,
+    data: list[Array],
+    sigmas: Sigmas,
+    x_init: Batch | None,
+    *,
+    program: tuple,
+    shape: tuple[int, ...] | None,
+) -> Solution:
+    denoiser, solver, record = _join(data, program)
+    key_noise, key_steps = jax.random.split(key)
+    if shape is not None:
+        keys = sample_keys(key_noise, shape[0])
+        noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:], sigmas.dtype))(keys)
+        x_init = sigmas[0] * noise
+    checked = _same_kind(denoiser)
+
+    def body(state: State, inputs: tuple[Array, Scalar, Scalar]) -> tuple[State, Any]:
+        index, sigma, sigma_next = inputs
+        key_step = jax.random.fold_in(key_steps, index)
+        state, step = solver.step(key_step, checked, state, sigma, sigma_next)
+        finite = jnp.isfinite(state.x).all(axis=range(1, state.x.ndim))
+        return state, (step.gamma, step.nfe, finite, record and record(state, step))
+
+    steps = jnp.arange(sigmas.size - 1)
+    start = solver.init(x_init, sigmas)
+    end, (gamma, nfe, finite, kept) = lax.scan(body, start, (steps, sigmas[:-1], sigmas[1:]))
+    return Solution(end.x, Info(gamma, nfe.sum(), finite), kept)
+
+
+def _same_kind(denoiser: Denoiser) -> Denoiser:
+    """The denoiser, with a ValueError at trace time where its result is not like its input."""
+
+    def checked(x: Batch, sigma: Scalar) -> Batch:
+        x0 = denoiser(x, sigma)
+        kind = (jnp.shape(x0), jnp.result_type(x0))
+        if kind != (x.shape, x.dtype):
+            raise ValueError(
+                f"the denoiser must return shape {x.shape} and dtype {x.dtype} like its input, "
+                f"got {kind[0]} and {kind[1]}"
+            )
+        return x0
+
+    return checked
+
+
+def _split(tree: Any) -> tuple[list, tuple]:
+    """Arrays and floats of a pytree, as data, and all else, as part of the program."""
+    leaves, structure = jax.tree.flatten(tree)
+    is_data = [isinstance(leaf, jax.typing.ArrayLike | float | complex) for leaf in leaves]
+    data = [leaf for leaf, known in zip(leaves, is_data, strict=True) if known]
+    rest = tuple(None if known else leaf for leaf, known in zip(leaves, is_data, strict=True))
+    return data, (rest, tuple(is_data), structure)
+
+
+def _join(data: list, program: tuple) -> Any:
+    rest, is_data, structure = program
+    arrays = iter(data)
+    return jax.tree.unflatten(
+        structure, [next(arrays) if k else r for r, k in zip(rest, is_data, strict=True)]
+    )

@@ -1,0 +1,184 @@
+"""Estimators of the divergence of a denoiser, tr J with J = dD/dx, per sample.
+
+Each evaluates the denoiser once and returns its value with what it learned of J: `Exact` from all
+columns, `Hutchinson` from random probes v with E[v v^T] = I, so that tr J = E[v . J v] (Hutchinson
+1990), and `Tweedie` without any derivative, from Cov[x0 | x] = sigma^2 J of an exact denoiser
+(second-order Tweedie), whence E|x - D|^2 = sigma^2 E[d - tr J].
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jaxtyping import Float
+
+from steindiff_jax._numerics import expand, inner
+from steindiff_jax._typing import Batch, Denoiser, Key, Rows, Scalar, pytree, static
+from steindiff_jax.denoisers import rows
+
+Probes = Float[Array, "probes batch *event"]
+
+DISTRIBUTIONS: dict[str, Callable] = {
+    "rademacher": jax.random.rademacher,
+    "gaussian": jax.random.normal,
+}
+
+
+class Jacobian(NamedTuple):
+    """What is known of J at x. The statistics are per sample and unbiased in the batch mean.
+
+    v, jv: probes and their products J v, scaled so that tr(M J) = sum over probes of v . M J v
+        in the mean; 0 for a sample that was not probed.
+    trace: tr J.  complement: d - tr J, with digits of its own where J is close to 1.
+    squared_norm: |J|_F^2.
+    directional: whether jv are true derivatives along v.
+    """
+
+    v: Probes
+    jv: Probes
+    trace: Rows
+    complement: Rows
+    squared_norm: Rows
+    directional: bool
+
+
+class Divergence(Protocol):
+    """keys: (batch,) one for each sample. Returns the denoiser at x, and what is known of J."""
+
+    def __call__(
+        self, keys: Key, denoiser: Denoiser, x: Batch, sigma: Scalar
+    ) -> tuple[Batch, Jacobian]: ...
+
+
+@pytree
+class Tweedie:
+    """tr J = d - |x - D|^2 / sigma^2 in the mean: no derivative, no cost.
+
+    An identity of exact denoisers. Of a network it is what the network's own residual says; of a
+    guided denoiser, which is no posterior mean, it is a biased plug-in.
+    """
+
+    def __call__(
+        self, keys: Key, denoiser: Denoiser, x: Batch, sigma: Scalar
+    ) -> tuple[Batch, Jacobian]:
+        del keys
+        x0 = denoiser(x, sigma)
+        noise = (x - x0) / sigma
+        complement = inner(noise, noise)
+        size = math.prod(x.shape[1:])
+        trace = size - complement
+        # As if J were isotropic, which is enough for the trace of anything affine in x and D.
+        v = jnp.ones_like(x)
+        jv = expand(trace / size, x).astype(x.dtype) * v
+        return x0, Jacobian(v[None], jv[None], trace, complement, trace**2 / size, False)
+
+
+@pytree
+class Hutchinson:
+    """Random probes of the Jacobian: about one more evaluation each, times `fraction`.
+
+    probes: number of probes per sample.
+    fraction: share of the batch that is probed, in (0, 1]: every round(1 / fraction)-th sample
+        stands for its neighbours (batch statistics only).
+    distribution: "rademacher", exact on the identity part of J, or "gaussian".
+    """
+
+    probes: int = static(default=1)
+    fraction: float = static(default=1.0)
+    distribution: str = static(default="rademacher")
+
+    def __post_init__(self) -> None:
+        if self.probes < 1:
+            raise ValueError(f"probes must be at least 1, got {self.probes}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
+        if self.distribution not in DISTRIBUTIONS:
+            raise ValueError(
+                f"distribution must be one of {list(DISTRIBUTIONS)}, got {self.distribution!r}"
+            )
+
+    def __call__(
+        self, keys: Key, denoiser: Denoiser, x: Batch, sigma: Scalar
+    ) -> tuple[Batch, Jacobian]:
+        take, leave, merge = _every(round(1 / self.fraction), x.shape[0])
+        probed, others = take(x), leave(x)
+
+        def draw(key: Key) -> Array:
+            shape = (self.probes, *x.shape[1:])
+            return DISTRIBUTIONS[self.distribution](key, shape, x.dtype)
+
+        v = jnp.moveaxis(jax.vmap(draw)(take(keys)), 1, 0)
+        x0, jv = _products(rows(denoiser, take), probed, sigma, v)
+        scale = math.sqrt(x.shape[0] / probed.shape[0] / self.probes)
+        v, jv = scale * v, scale * jv
+        if others.shape[0]:
+            x0 = merge(x0, rows(denoiser, leave)(others, sigma))
+            blank = jnp.zeros_like(others)
+            v, jv = (jax.vmap(merge, (0, None))(part, blank) for part in (v, jv))
+        return x0, _jacobian(v, jv)
+
+
+@pytree
+class Exact:
+    """All d columns of the Jacobian: d evaluations and d^2 numbers per sample; for small d."""
+
+    def __call__(
+        self, keys: Key, denoiser: Denoiser, x: Batch, sigma: Scalar
+    ) -> tuple[Batch, Jacobian]:
+        del keys
+        size = math.prod(x.shape[1:])
+        basis = jnp.eye(size, dtype=x.dtype).reshape(size, 1, *x.shape[1:])
+        v = jnp.broadcast_to(basis, (size, *x.shape))
+        x0, jv = _products(denoiser, x, sigma, v)
+        return x0, _jacobian(v, jv)
+
+
+def _products(denoiser: Denoiser, x: Batch, sigma: Scalar, v: Probes) -> tuple[Batch, Probes]:
+    """D and J v. One probe: jvp. Several: the primal once, then one probe after another."""
+    if v.shape[0] == 1:
+        x0, jv = jax.jvp(lambda x: denoiser(x, sigma), (x,), (v[0],))
+        return x0, jv[None]
+    x0, product = jax.linearize(lambda x: denoiser(x, sigma), x)
+    return x0, lax.map(product, v)
+
+
+def _jacobian(v: Probes, jv: Probes) -> Jacobian:
+    dot = jax.vmap(inner)
+    return Jacobian(
+        v,
+        jv,
+        trace=dot(v, jv).sum(0),
+        complement=dot(v, v - jv).sum(0),
+        squared_norm=dot(jv, jv).sum(0),
+        directional=True,
+    )
+
+
+def _every(stride: int, batch: int) -> tuple[Callable, Callable, Callable]:
+    """Split (batch, ...) arrays into every stride-th row and the others, and put them together.
+
+    By reshaping alone: a batch sharded in pieces that are multiples of the stride stays in place.
+    """
+    stride = min(stride, batch)
+    count = batch // stride
+    cut = count * stride
+
+    def groups(a: Array) -> Array:
+        return a[:cut].reshape(count, stride, *a.shape[1:])
+
+    def take(a: Array) -> Array:
+        return groups(a)[:, 0]
+
+    def leave(a: Array) -> Array:
+        rest = groups(a)[:, 1:]
+        return jnp.concatenate([rest.reshape(-1, *a.shape[1:]), a[cut:]])
+
+    def merge(taken: Array, left: Array) -> Array:
+        rest = left[: cut - count].reshape(count, stride - 1, *left.shape[1:])
+        whole = jnp.concatenate([taken[:, None], rest], axis=1)
+        return jnp.concatenate([whole.reshape(cut, *left.shape[1:]), left[cut - count :]])
+
+    return take, leave, merge
