@@ -6,6 +6,14 @@ from steindiff_jax.grids import karras_sigmas, log_snr_sigmas
 from steindiff_jax.sample import sample
 from steindiff_jax.schedules import EDM, Discrete, RectifiedFlow, VPCosine, VPLinear
 from steindiff_jax.solvers import DDIM, IPNDM, DPMpp2M, DPMpp3M, Heun
-from steindiff_jax.stein import CleanTarget, Exact, Hutchinson, Stein, StepEnergy, Tweedie
+from steindiff_jax.stein import (
+    CleanTarget,
+    Exact,
+    Hutchinson,
+    Jacobian,
+    Stein,
+    StepEnergy,
+    Tweedie,
+)
 
 __version__ = "0.1.0"

@@ -42,7 +42,7 @@ def sample_keys(key: Key, batch: int, axis_name: str | None = None) -> Key:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
-def batch_mean(rows: Rows, axis_name: str | None = None) -> Array:
+def batch_mean(rows: Float[Array, "batch k"], axis_name: str | None = None) -> Float[Array, " k"]:
     """Mean over the finite rows of (batch, k), over all devices on `axis_name` if given; (k,).
 
     One sum of one array, so that the whole step costs at most one all-reduce. A sample that
@@ -56,7 +56,7 @@ def batch_mean(rows: Rows, axis_name: str | None = None) -> Array:
     return total[:-1] / jnp.maximum(total[-1], 1)
 
 
-def exponential_moments(h: Float[Array, " n"], order: int) -> Float[Array, " n order-1"]:
+def exponential_moments(h: Float[Array, " n"], order: int) -> Float[Array, " n {order}-1"]:
     """m_k = int_0^1 u^k exp(h u) du / int_0^1 exp(h u) du for k = 1 .. order - 1.
 
     In terms of the phi functions of exponential integrators, m_k = k! phi_{k+1}(h) / phi_1(h)

@@ -6,7 +6,7 @@ that y = x0 + sigma * noise whatever the schedule of the network; arrays are (ba
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform
+from typing import Any, NamedTuple, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
 import jax
 from chex import PRNGKey
@@ -16,7 +16,7 @@ from jaxtyping import Bool, Float, Int
 Batch = Float[Array, "batch *event"]
 Scalar = Float[Array, ""]
 Rows = Float[Array, " batch"]
-Sigmas = Float[Array, " steps+1"]
+Sigmas = Float[Array, " nodes"]  # one more than steps
 Numeric = Any  # a number or a scalar array; a leaf, so JAX may put anything else there
 Key = PRNGKey
 
@@ -54,6 +54,7 @@ def pytree(cls: type[Class]) -> type[Class]:
     return cls
 
 
+@runtime_checkable
 class Denoiser(Protocol):
     """Estimates the clean sample, E[x0 | x], from x = x0 + sigma * noise."""
 
@@ -85,6 +86,7 @@ class Step(NamedTuple):
     nfe: Any = 1
 
 
+@runtime_checkable
 class Solver(Protocol):
     """Two pure functions; everything a solver must offer, and all that `Stein` knows of one."""
 

@@ -7,7 +7,7 @@ conditioning are data, so that new ones do not trace again.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ from jax import Array
 from steindiff_jax._typing import Batch, Denoiser, Numeric, Scalar, pytree, static
 
 
+@runtime_checkable
 class Schedule(Protocol):
     """The ratio sigma / alpha to time, alpha and sigma; see `schedules`."""
 

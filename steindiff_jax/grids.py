@@ -43,10 +43,11 @@ def check_sigmas(sigmas: ArrayLike) -> Array:
     values = np.asarray(grid)
     if not np.isfinite(values).all():
         raise ValueError(f"sigmas must be finite, got {values}; start a flow at t < 1")
-    if (np.diff(values) >= 0).any():
-        raise ValueError(f"sigmas must decrease strictly, got {values}")
-    if (values[:-1] <= 0).any() or values[-1] < 0:
+    positive = values[: np.argmin(values > 0)] if values[-1] <= 0 else values
+    if not positive.size or (values[positive.size :] != 0).any():
         raise ValueError(f"sigmas must be positive, 0 only at the end, got {values}")
+    if (np.diff(positive) >= 0).any():
+        raise ValueError(f"sigmas must decrease strictly, got {values}")
     return grid
 
 

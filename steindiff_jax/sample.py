@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
+from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from steindiff_jax._numerics import accurate, sample_keys
@@ -49,7 +50,8 @@ def sample(
       denoiser: (x, sigma) -> x0 estimate, with x = x0 + sigma * noise of shape (batch, *event).
       shape: (batch, *event) of noise to start from.
       sigmas: (steps + 1,) decreasing noise-to-signal ratios; end in 0 for clean samples. See
-        `karras_sigmas`.
+        `karras_sigmas`. Further zeros are padding: those steps are skipped, and grids padded to
+        one length share one compiled program (known by value, so not inside your own jit).
       solver: default `Stein(DPMpp3M())`.
       x_init: (batch, *event) start at sigmas[0], in place of sigmas[0] * noise.
       record: (state, step) -> anything; what it returns is stacked over the steps.
@@ -76,10 +78,11 @@ def sample(
         x_init = accurate(x_init)
     data, program = _split((denoiser, solver, record))
     shape = None if shape is None or x_init is not None else tuple(shape)
-    return _sample(key, data, sigmas, x_init, program=program, shape=shape)
+    padded = not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(sigmas[-2] == 0)
+    return _sample(key, data, sigmas, x_init, program=program, shape=shape, padded=padded)
 
 
-@partial(jax.jit, static_argnames=("program", "shape"))
+@partial(jax.jit, static_argnames=("program", "shape", "padded"))
 def _sample(
     key: Key,
     data: list[Array],
@@ -88,6 +91,7 @@ def _sample(
     *,
     program: tuple,
     shape: tuple[int, ...] | None,
+    padded: bool,
 ) -> Solution:
     denoiser, solver, record = _join(data, program)
     key_noise, key_steps = jax.random.split(key)
@@ -95,35 +99,38 @@ def _sample(
         keys = sample_keys(key_noise, shape[0])
         noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:], sigmas.dtype))(keys)
         x_init = sigmas[0] * noise
-    checked = _same_kind(denoiser)
+    _check_denoiser(denoiser, x_init, sigmas[0])
 
     def body(state: State, inputs: tuple[Array, Scalar, Scalar]) -> tuple[State, Any]:
         index, sigma, sigma_next = inputs
-        key_step = jax.random.fold_in(key_steps, index)
-        state, step = solver.step(key_step, checked, state, sigma, sigma_next)
-        finite = jnp.isfinite(state.x).all(axis=range(1, state.x.ndim))
-        return state, (step.gamma, step.nfe, finite, record and record(state, step))
+
+        def advance(state: State) -> tuple[State, Any]:
+            key_step = jax.random.fold_in(key_steps, index)
+            state, step = solver.step(key_step, denoiser, state, sigma, sigma_next)
+            finite = jnp.isfinite(state.x).all(axis=range(1, state.x.ndim))
+            facts = step.gamma, step.nfe, finite, record and record(state, step)
+            return state, jax.tree.map(jnp.asarray, facts)
+
+        if not padded:
+            return advance(state)
+        blank = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(advance, state)[1])
+        return lax.cond(sigma > 0, advance, lambda state: (state, blank), state)
 
     steps = jnp.arange(sigmas.size - 1)
     start = solver.init(x_init, sigmas)
     end, (gamma, nfe, finite, kept) = lax.scan(body, start, (steps, sigmas[:-1], sigmas[1:]))
-    return Solution(end.x, Info(gamma, nfe.sum(), finite), kept)
+    return Solution(end.x, Info(gamma, (nfe * (sigmas[:-1] > 0)).sum(), finite), kept)
 
 
-def _same_kind(denoiser: Denoiser) -> Denoiser:
-    """The denoiser, with a ValueError at trace time where its result is not like its input."""
-
-    def checked(x: Batch, sigma: Scalar) -> Batch:
-        x0 = denoiser(x, sigma)
-        kind = (jnp.shape(x0), jnp.result_type(x0))
-        if kind != (x.shape, x.dtype):
-            raise ValueError(
-                f"the denoiser must return shape {x.shape} and dtype {x.dtype} like its input, "
-                f"got {kind[0]} and {kind[1]}"
-            )
-        return x0
-
-    return checked
+def _check_denoiser(denoiser: Denoiser, x: Batch, sigma: Scalar) -> None:
+    """ValueError where the denoiser's result is not like its input."""
+    x0 = jax.eval_shape(denoiser, x, sigma)
+    got = getattr(x0, "shape", x0), getattr(x0, "dtype", None)
+    if got != (x.shape, x.dtype):
+        raise ValueError(
+            f"the denoiser must return shape {x.shape} and dtype {x.dtype} like its input, "
+            f"got {got[0]} and {got[1]}"
+        )
 
 
 def _split(tree: Any) -> tuple[list, tuple]:

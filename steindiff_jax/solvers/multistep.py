@@ -23,7 +23,7 @@ from steindiff_jax._numerics import accurate
 from steindiff_jax._typing import Batch, Denoiser, Key, Scalar, Sigmas, State, Step, pytree
 from steindiff_jax.solvers._step import take_step
 
-Weights = Float[Array, "steps order-1"]
+Weights = Float[Array, "steps past"]
 
 
 class Memory(NamedTuple):
@@ -85,7 +85,7 @@ class EpsilonMultistep(Multistep):
 
 
 def interpolation_weights(
-    z: Float[Array, " steps+1"], moments: Float[Array, "steps order-1"], first_order: Array
+    z: Float[Array, " nodes"], moments: Float[Array, "steps past"], first_order: Array
 ) -> Weights:
     """Solve sum_j w_j r_j^k = m_k in every step, with as many nodes as there are by then.
 
@@ -95,7 +95,8 @@ def interpolation_weights(
     steps, count = moments.shape
     i, j = jnp.arange(steps)[:, None], jnp.arange(1, count + 1)[None]
     available = (j <= i) & ~first_order[:, None]
-    r = (z[jnp.maximum(i - j, 0)] - z[:-1, None]) / (z[1:] - z[:-1])[:, None]
+    h = jnp.where(first_order, 1.0, jnp.diff(z))  # a grid padded with zeros has none of its own
+    r = (z[jnp.maximum(i - j, 0)] - z[:-1, None]) / h[:, None]
     power = jnp.where(available, r, 0.0)[:, None, :] ** j[:, :, None]  # (steps, k, j)
     # Nodes and moments that are not there yet get equations of their own: w_j = 0.
     active = available[:, :, None] & available[:, None, :]

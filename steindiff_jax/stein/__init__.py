@@ -1,7 +1,7 @@
 """The Stein correction of a solver's step: rules, divergence estimators and the wrapper."""
 
 from steindiff_jax.stein.correction import Stein
-from steindiff_jax.stein.divergence import Exact, Hutchinson, Tweedie
+from steindiff_jax.stein.divergence import Exact, Hutchinson, Jacobian, Tweedie
 from steindiff_jax.stein.rules import CleanTarget, StepEnergy
 
-__all__ = ["CleanTarget", "Exact", "Hutchinson", "Stein", "StepEnergy", "Tweedie"]
+__all__ = ["CleanTarget", "Exact", "Hutchinson", "Jacobian", "Stein", "StepEnergy", "Tweedie"]

@@ -8,7 +8,7 @@ columns, `Hutchinson` from random probes v with E[v v^T] = I, so that tr J = E[v
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class Jacobian(NamedTuple):
     directional: bool
 
 
+@runtime_checkable
 class Divergence(Protocol):
     """keys: (batch,) one for each sample. Returns the denoiser at x, and what is known of J."""
 

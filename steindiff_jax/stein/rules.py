@@ -14,7 +14,7 @@ the unknown clean sample become divergences.
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import jax.numpy as jnp
 from jax import Array
@@ -48,6 +48,7 @@ class Local(NamedTuple):
 Moments = tuple[Float[Array, "*batch"], ...]
 
 
+@runtime_checkable
 class Rule(Protocol):
     """See the head of this file."""
 
