@@ -5,12 +5,30 @@ from steindiff_jax.denoisers import Network, from_linen, from_nnx, guided
 from steindiff_jax.grids import karras_sigmas, log_snr_sigmas
 from steindiff_jax.sample import sample
 from steindiff_jax.schedules import EDM, Discrete, RectifiedFlow, VPCosine, VPLinear
-from steindiff_jax.solvers import DDIM, IPNDM, DPMpp2M, DPMpp3M, Heun
+from steindiff_jax.solvers import (
+    DDIM,
+    DEIS,
+    DPM2,
+    IPNDM,
+    LMS,
+    AnalyticalFirst,
+    Churn,
+    DPMpp2M,
+    DPMpp2MSDE,
+    DPMpp2S,
+    DPMpp3M,
+    DPMpp3S,
+    Euler,
+    Heun,
+    RhoAB,
+    UniPC,
+)
 from steindiff_jax.stein import (
     CleanTarget,
     Exact,
     Hutchinson,
     Jacobian,
+    PosteriorLength,
     Stein,
     StepEnergy,
     Tweedie,

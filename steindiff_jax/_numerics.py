@@ -42,6 +42,12 @@ def sample_keys(key: Key, batch: int, axis_name: str | None = None) -> Key:
     return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
 
 
+def standard_normal(key: Key, x: Batch) -> Batch:
+    """Noise for every sample of x, each from a key of its own; shape and dtype of x."""
+    keys = sample_keys(key, x.shape[0])
+    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
+
+
 def batch_mean(rows: Float[Array, "batch k"], axis_name: str | None = None) -> Float[Array, " k"]:
     """Mean over the finite rows of (batch, k), over all devices on `axis_name` if given; (k,).
 

@@ -23,9 +23,21 @@ Key = PRNGKey
 Class = TypeVar("Class")
 
 
-def static(*, default: Any = dataclasses.MISSING) -> Any:
+def static(
+    *, default: Any = dataclasses.MISSING, choices: tuple = (), kw_only: bool = False
+) -> Any:
     """A dataclass field that is part of the program rather than of its data."""
-    return dataclasses.field(default=default, metadata={"static": True})
+    return dataclasses.field(
+        default=default, kw_only=kw_only, metadata={"static": True, "choices": choices}
+    )
+
+
+def check_choices(self: Any) -> None:
+    """ValueError unless every field that was given `choices` is one of them."""
+    for field in dataclasses.fields(self):
+        value, choices = getattr(self, field.name), field.metadata.get("choices")
+        if choices and value not in choices:
+            raise ValueError(f"{field.name} must be one of {choices}, got {value!r}")
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, static))

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from steindiff_jax._typing import Batch, Denoiser, Numeric, Scalar, pytree, static
 
@@ -48,7 +49,7 @@ class Network:
     schedule: Schedule
     prediction: str = static()
     sigma_data: Numeric = 0.5
-    cond: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    cond: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prediction != "edm" and self.prediction not in PREDICTIONS:
@@ -87,7 +88,7 @@ def from_linen(
     schedule: Schedule,
     prediction: str,
     sigma_data: Numeric = 0.5,
-    cond: Mapping[str, Array] | None = None,
+    cond: Mapping[str, ArrayLike] | None = None,
     **options: Any,
 ) -> Network:
     """Denoiser from a `flax.linen` module: apply(variables, x, t, **cond, **options).
@@ -116,7 +117,7 @@ def from_nnx(
     schedule: Schedule,
     prediction: str,
     sigma_data: Numeric = 0.5,
-    cond: Mapping[str, Array] | None = None,
+    cond: Mapping[str, ArrayLike] | None = None,
     **options: Any,
 ) -> Network:
     """Denoiser from a `flax.nnx` module called as module(x, t, **cond, **options).
@@ -145,10 +146,14 @@ class _Linen:
         try:
             return self.module.apply(variables, x, t, **cond, **dict(self.options))
         except (errors.InvalidRngError, errors.ModifyScopeVariableError) as error:
-            raise ValueError(
-                f"{type(self.module).__name__} runs in training mode; sampling needs inference "
-                "mode: pass its switch, such as train=False or deterministic=True, to from_linen"
-            ) from error
+            raise _training_mode(self.module, "from_linen") from error
+
+
+def _training_mode(module: Any, adapter: str) -> ValueError:
+    return ValueError(
+        f"{type(module).__name__} runs in training mode; sampling needs inference mode: pass its "
+        f"switch, such as train=False or deterministic=True, to {adapter}"
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +164,16 @@ class _Nnx:
     def __call__(self, state: Any, x: Array, t: Array, **cond: Array) -> Array:
         from flax import nnx
 
-        return nnx.merge(self.graph, state, copy=True)(x, t, **cond, **dict(self.options))
+        module = nnx.merge(self.graph, state, copy=True)
+
+        def touched_by_training() -> list:
+            return jax.tree.leaves(nnx.state(module, nnx.Any(nnx.RngState, nnx.BatchStat)))
+
+        before = touched_by_training()
+        f = module(x, t, **cond, **dict(self.options))
+        if any(a is not b for a, b in zip(before, touched_by_training(), strict=True)):
+            raise _training_mode(module, "from_nnx")
+        return f
 
 
 @pytree
@@ -184,7 +198,7 @@ class GuidedNetwork:
     """`Guided` where both branches are one network: evaluated in one call on 2 batch rows."""
 
     network: Network
-    unconditional: Mapping[str, Array]
+    unconditional: Mapping[str, ArrayLike]
     scale: Numeric
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:

@@ -77,7 +77,7 @@ def sample(
             raise ValueError(f"x_init must have shape {tuple(shape)}, got {x_init.shape}")
         x_init = accurate(x_init)
     data, program = _split((denoiser, solver, record))
-    shape = None if shape is None or x_init is not None else tuple(shape)
+    shape = tuple(shape) if shape is not None and x_init is None else ()
     padded = not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(sigmas[-2] == 0)
     return _sample(key, data, sigmas, x_init, program=program, shape=shape, padded=padded)
 
@@ -90,12 +90,12 @@ def _sample(
     x_init: Batch | None,
     *,
     program: tuple,
-    shape: tuple[int, ...] | None,
+    shape: tuple[int, ...],
     padded: bool,
 ) -> Solution:
     denoiser, solver, record = _join(data, program)
     key_noise, key_steps = jax.random.split(key)
-    if shape is not None:
+    if x_init is None:
         keys = sample_keys(key_noise, shape[0])
         noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:], sigmas.dtype))(keys)
         x_init = sigmas[0] * noise
@@ -113,7 +113,8 @@ def _sample(
 
         if not padded:
             return advance(state)
-        blank = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), jax.eval_shape(advance, state)[1])
+        _, facts = jax.eval_shape(advance, state)
+        blank = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), facts)
         return lax.cond(sigma > 0, advance, lambda state: (state, blank), state)
 
     steps = jnp.arange(sigmas.size - 1)

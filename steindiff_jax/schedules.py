@@ -10,6 +10,7 @@ import math
 
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from steindiff_jax._typing import Numeric, pytree
 
@@ -127,7 +128,7 @@ class Discrete(_VariancePreserving):
     k-diffusion does; the network receives n as a float. Ratios outside the table are clamped.
     """
 
-    betas: Array
+    betas: ArrayLike
 
     def _log_ratios(self) -> Array:
         log_alpha2 = jnp.cumsum(jnp.log1p(-jnp.asarray(self.betas)))

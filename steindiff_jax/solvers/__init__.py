@@ -1,7 +1,29 @@
 """Solvers of the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma."""
 
-from steindiff_jax.solvers.adams import IPNDM
-from steindiff_jax.solvers.dpm import DPMpp2M, DPMpp3M
+from steindiff_jax.solvers.adams import IPNDM, LMS
+from steindiff_jax.solvers.dpm import DEIS, DPM2, DPMpp2M, DPMpp2MSDE, DPMpp2S, DPMpp3M, DPMpp3S
 from steindiff_jax.solvers.runge_kutta import DDIM, Heun
+from steindiff_jax.solvers.unipc import UniPC
+from steindiff_jax.solvers.wrappers import AnalyticalFirst, Churn
 
-__all__ = ["DDIM", "IPNDM", "DPMpp2M", "DPMpp3M", "Heun"]
+Euler = DDIM
+RhoAB = LMS
+
+__all__ = [
+    "DDIM",
+    "DEIS",
+    "DPM2",
+    "IPNDM",
+    "LMS",
+    "AnalyticalFirst",
+    "Churn",
+    "DPMpp2M",
+    "DPMpp2MSDE",
+    "DPMpp2S",
+    "DPMpp3M",
+    "DPMpp3S",
+    "Euler",
+    "Heun",
+    "RhoAB",
+    "UniPC",
+]

@@ -1,54 +1,182 @@
-"""DPM-Solver++: exponential multistep methods in the data prediction and lambda = -log sigma.
+"""DPM-Solver and its relatives: exponential methods in lambda = -log sigma.
 
-The exact solution of a step of size h in lambda is x' = q x + int_0^h e^{-(h - u)} x0(u) du,
-q = e^{-h} (Lu et al. 2022, arXiv:2211.01095): the weight of the integral is e^u.
+A step of size h in lambda is exactly x' = q x + int_0^h e^{-(h - u)} x0(u) du, q = e^{-h}, so that
+the integral of x0 has the weight e^u; with the noise in place of x0 it is e^-u. DPM-Solver++ (Lu et
+al. 2022, arXiv:2211.01095) interpolates x0, DPM-Solver (Lu et al. 2022, arXiv:2206.00927) the
+noise: prediction="x0" and "epsilon" here. A step to sigma = 0 returns the denoiser's estimate.
 """
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
-from steindiff_jax._numerics import exponential_moments
-from steindiff_jax._typing import Numeric, Sigmas, pytree
+from steindiff_jax._numerics import exponential_moments, standard_normal
+from steindiff_jax._typing import (
+    Denoiser,
+    Key,
+    Numeric,
+    Scalar,
+    Sigmas,
+    State,
+    Step,
+    pytree,
+    static,
+)
 from steindiff_jax.solvers.multistep import Multistep, Weights, interpolation_weights
+from steindiff_jax.solvers.runge_kutta import RungeKutta, Tableau
+
+PREDICTED = ("x0", "epsilon")
+KINDS = ("midpoint", "heun")
 
 
-def log_snr(sigmas: Sigmas) -> tuple[Array, Array]:
-    """Log-SNR -log sigma at the nodes, and where a step ends at 0, beyond every polynomial.
+def log_snr(sigmas: Sigmas) -> Sigmas:
+    """-log sigma; a node at 0 is put one unit after the one before it, so that all is finite."""
+    smallest = jnp.min(sigmas, where=sigmas > 0, initial=jnp.inf)
+    return jnp.cumsum(sigmas == 0) - jnp.log(jnp.where(sigmas > 0, sigmas, smallest))
 
-    A node at sigma = 0 is put one unit after the one before it, so that all is finite.
+
+def moments(h: Float[Array, " n"], order: int, prediction: str) -> Float[Array, " n {order}-1"]:
+    """Moments of the weight that the prediction has in a step of size h."""
+    return exponential_moments(h if prediction == "x0" else -h, order)
+
+
+@pytree
+class DEIS(Multistep):
+    """Exponential Adams-Bashforth method. Of order `order` (1 to 4), one evaluation a step.
+
+    With "epsilon", the default, it is log-rho DEIS (Zhang & Chen 2023, arXiv:2204.13902). With "x0"
+    order 2 is `DPMpp2M(kind="heun")` and order 3 is `DPMpp3M(curvature=1.0)`. For rho-DEIS see
+    `LMS`.
     """
-    final = sigmas[1:] == 0
-    logs = -jnp.log(jnp.where(sigmas > 0, sigmas, 1.0))
-    return jnp.where(sigmas > 0, logs, jnp.roll(logs, 1) + 1), final
+
+    order: int = static(default=3, choices=(1, 2, 3, 4))
+    prediction: str = static(default="epsilon", choices=PREDICTED, kw_only=True)
+
+    def weights(self, sigmas: Sigmas) -> Weights:
+        z = log_snr(sigmas)
+        exact = moments(jnp.diff(z), self.order, self.prediction)
+        return interpolation_weights(z, exact, self.history(sigmas, self.order))
 
 
 @pytree
 class DPMpp2M(Multistep):
-    """DPM-Solver++(2M), second order, one evaluation a step.
+    """DPM-Solver++(2M), second order, one evaluation a step; "epsilon" is DPM-Solver(2M).
 
-    Midpoint form: the slope of x0 weighs h / 2, as in k-diffusion and in diffusers' default. A step
-    to sigma = 0 is first order and returns the denoiser's estimate.
+    kind: "midpoint", the slope of x0 weighs h / 2, as in k-diffusion and in diffusers' default, or
+        "heun", its exact integral (the official code's "taylor").
     """
 
+    kind: str = static(default="midpoint", choices=KINDS)
+
     def weights(self, sigmas: Sigmas) -> Weights:
-        z, final = log_snr(sigmas)
-        return interpolation_weights(z, jnp.full((z.size - 1, 1), 0.5, z.dtype), final)
+        z = log_snr(sigmas)
+        return interpolation_weights(z, self.slope(jnp.diff(z)), self.history(sigmas, 2))
+
+    def slope(self, h: Float[Array, " steps"]) -> Float[Array, "steps 1"]:
+        """The first moment."""
+        exact = moments(h, 2, self.prediction)
+        return jnp.full_like(exact, 0.5) if self.kind == "midpoint" else exact
 
 
 @pytree
 class DPMpp3M(Multistep):
-    """DPM-Solver++(3M), one evaluation a step.
+    """DPM-Solver++(3M), one evaluation a step; "epsilon" is DPM-Solver(3M).
 
     curvature: weight of the second difference relative to the exact integral. 0.5 is what every
         public "3M" uses (official, diffusers, k-diffusion) and is second order; there it damps
         few large steps. 1.0 is the exact exponential multistep method, third order.
-    A step to sigma = 0 is first order and returns the denoiser's estimate.
+    kind: of its second-order steps, see `DPMpp2M`: "heun" as k-diffusion, "midpoint" as diffusers.
     """
 
     curvature: Numeric = 0.5
+    kind: str = static(default="heun", choices=KINDS)
 
     def weights(self, sigmas: Sigmas) -> Weights:
-        z, final = log_snr(sigmas)
+        z, count = log_snr(sigmas), self.history(sigmas, 3)
         scale = jnp.stack([jnp.ones_like(z[0]), jnp.asarray(self.curvature, z.dtype)])
-        moments = scale[None] * exponential_moments(jnp.diff(z), 3)
-        return interpolation_weights(z, moments, final)
+        row = scale[None] * moments(jnp.diff(z), 3, self.prediction)
+        if self.kind == "midpoint":
+            row = jnp.where(count[:, None] == 1, 0.5, row)
+        return interpolation_weights(z, row, count)
+
+
+@pytree
+class DPMpp2MSDE(DPMpp2M):
+    """SDE-DPM-Solver++(2M): `DPMpp2M` for the reverse SDE, in k-diffusion's form.
+
+    x' = q^(1+eta) x + (1 - q^(1+eta))(x0 + delta) + sigma' sqrt(1 - q^(2 eta)) noise, second order
+    in its deterministic part. eta: 1 is the reverse SDE of Song et al. 2021 (arXiv:2011.13456), 0
+    the ODE. The `Step` is that of the ODE. `Stein` does not take a stochastic solver.
+    """
+
+    eta: Numeric = 1.0
+    prediction: str = static(default="x0", choices=("x0",), kw_only=True)
+
+    stochastic = True
+
+    def slope(self, h: Float[Array, " steps"]) -> Float[Array, "steps 1"]:
+        return super().slope(h * (1 + self.eta))
+
+    def step(
+        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
+    ) -> tuple[State, Step]:
+        new, step = super().step(key, denoiser, state, sigma, sigma_next)
+        h = jnp.log(sigma / jnp.where(sigma_next > 0, sigma_next, sigma))
+        kept = sigma_next / sigma * jnp.exp(-self.eta * h)
+        # Never exactly 0 under the root, whose derivative is infinite there.
+        variance = jnp.maximum(-jnp.expm1(-2 * self.eta * h), jnp.finfo(h.dtype).tiny)
+        x = kept * state.x + (1 - kept) * (step.x0 + step.delta)
+        x += sigma_next * jnp.sqrt(variance) * standard_normal(key, x)
+        return new._replace(x=x), step
+
+
+@pytree
+class DPMpp2S(RungeKutta):
+    """DPM-Solver++(2S): two stages, second order. "epsilon" is DPM-Solver-2, see `DPM2`.
+
+    r: place of the second stage, as a fraction of the step in lambda; kind: see `DPMpp2M`.
+    """
+
+    r: Numeric = 0.5
+    kind: str = static(default="midpoint", choices=KINDS)
+    prediction: str = static(default="x0", choices=PREDICTED, kw_only=True)
+
+    def tableau(self, h: Scalar) -> Tableau:
+        exact = moments(h[None], 2, self.prediction)[0, 0]
+        slope = 0.5 if self.kind == "midpoint" else exact
+        return (self.r,), ((), (slope / self.r,))
+
+
+@pytree
+class DPM2(DPMpp2S):
+    """DPM-Solver-2: two stages, second order. Lu et al. 2022, arXiv:2206.00927, algorithm 1.
+
+    r = 1/2 evaluates at the geometric mean of the sigmas (k-diffusion's dpm_2); r = 1 is `Heun`.
+    """
+
+    prediction: str = static(default="epsilon", choices=PREDICTED, kw_only=True)
+
+
+@pytree
+class DPMpp3S(RungeKutta):
+    """DPM-Solver++(3S): three stages, third order for r2 = 2/3. "epsilon" is DPM-Solver-3.
+
+    r1, r2: places of the second and the third stage, as fractions of the step in lambda.
+    kind: "midpoint" ends with the slope from the last stage alone, the usual form, "heun" with the
+        parabola through all three (the official code's "taylor").
+    """
+
+    r1: Numeric = 1 / 3
+    r2: Numeric = 2 / 3
+    kind: str = static(default="midpoint", choices=KINDS)
+    prediction: str = static(default="x0", choices=PREDICTED, kw_only=True)
+
+    def tableau(self, h: Scalar) -> Tableau:
+        r1, r2 = self.r1, self.r2
+        inner = moments((r2 * h)[None], 2, self.prediction)[0, 0] * r2 / r1
+        m1, m2 = moments(h[None], 3, self.prediction)[0]
+        if self.kind == "midpoint":
+            last = (0.0, m1 / r2)
+        else:  # w_1 r1 + w_2 r2 = m1, w_1 r1^2 + w_2 r2^2 = m2
+            last = ((m1 * r2 - m2) / (r1 * (r2 - r1)), (m2 - m1 * r1) / (r2 * (r2 - r1)))
+        return (r1, r2), ((), (inner,), last)

@@ -10,9 +10,12 @@ of the integral's own weight g and the nodes r_j = (z_j - z_0) / (z_next - z_0),
     f = f_0 + sum_j w_j (f_j - f_0),   sum_j w_j r_j^k = m_k.
 
 What f and z are, and the moments, is all that tells one family from another (Hochbruck &
-Ostermann, Acta Numerica 2010, for the exponential ones).
+Ostermann, Acta Numerica 2010, for the exponential ones). The first p - 1 steps have less to
+interpolate and are of lower order; where sigma is far above the data's scale that costs nothing,
+for there the denoiser hardly changes.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -20,14 +23,26 @@ from jax import Array
 from jaxtyping import Float, Int
 
 from steindiff_jax._numerics import accurate
-from steindiff_jax._typing import Batch, Denoiser, Key, Scalar, Sigmas, State, Step, pytree
-from steindiff_jax.solvers._step import take_step
+from steindiff_jax._typing import (
+    Batch,
+    Denoiser,
+    Key,
+    Scalar,
+    Sigmas,
+    State,
+    Step,
+    check_choices,
+    pytree,
+    static,
+)
+from steindiff_jax.solvers._step import PREDICTIONS, take_step
 
 Weights = Float[Array, "steps past"]
+Counts = Int[Array, " steps"]
 
 
 class Memory(NamedTuple):
-    """past: (order - 1, batch, *event), latest first; weights: (steps, order - 1); step: ()."""
+    """past: (past, batch, *event), latest first; weights: (steps, past); step: ()."""
 
     past: Array
     weights: Weights
@@ -36,19 +51,30 @@ class Memory(NamedTuple):
 
 @pytree
 class Multistep:
-    """Base of the multistep solvers; a subclass says what it remembers and its weights."""
+    """Base of the multistep solvers; a subclass gives its weights.
+
+    prediction: what is interpolated, "x0", "epsilon" (the noise) or "flow" (the velocity).
+    lower_order_final: the last step is first order, the one before at most second, and so on, as
+        in diffusers' schedulers below 15 steps. A step to sigma = 0 is first order in any case.
+    """
+
+    prediction: str = static(default="x0", choices=("x0", "epsilon"), kw_only=True)
+    lower_order_final: bool = static(default=False, kw_only=True)
+
+    __post_init__ = check_choices
 
     def weights(self, sigmas: Sigmas) -> Weights:
         """Row i weighs f_1 - f_0, f_2 - f_0, ... in step i; 0 for what is not there yet."""
         raise NotImplementedError
 
-    def remember(self, x: Batch, x0: Batch, sigma: Scalar) -> Batch:  # noqa: ARG002
-        """What is interpolated: x0, unless a subclass says otherwise."""
-        return x0
-
-    def extrapolate(self, change: Batch, sigma: Scalar) -> Batch:  # noqa: ARG002
-        """The change of x0 that a change of what is interpolated amounts to."""
-        return change
+    def history(self, sigmas: Sigmas, order: int, *, denoise_last: bool = True) -> Counts:
+        """How many earlier values each step interpolates; none in a step to 0, unless told so."""
+        index = jnp.arange(sigmas.size - 1)
+        count = jnp.minimum(index, order - 1)
+        if self.lower_order_final:
+            steps = jnp.sum(sigmas[:-1] > 0)  # steps from 0 to 0 are padding
+            count = jnp.minimum(count, steps - 1 - index)
+        return jnp.where((sigmas[1:] if denoise_last else sigmas[:-1]) > 0, count, 0)
 
     def init(self, x: Batch, sigmas: Sigmas) -> State:
         weights = self.weights(accurate(sigmas)).astype(x.dtype)
@@ -60,45 +86,42 @@ class Multistep:
     ) -> tuple[State, Step]:
         del key
         past, weights, step = state.history
+        interpolated = PREDICTIONS[self.prediction]
         x0 = denoiser(state.x, sigma)
-        now = self.remember(state.x, x0, sigma)
+        now = interpolated.of(state.x, x0, sigma)
         change = jnp.tensordot(weights[step], past - now[None], axes=1)
         past = jnp.concatenate([now[None], past])[: weights.shape[1]]
         return take_step(
             state.x,
             x0,
-            self.extrapolate(change, sigma),
+            interpolated.to_x0(change, sigma),
             sigma,
             sigma_next,
             history=Memory(past, weights, step + 1),
         )
 
 
-class EpsilonMultistep(Multistep):
-    """Interpolates the noise (x - x0) / sigma, the slope of the ODE, in place of x0."""
-
-    def remember(self, x: Batch, x0: Batch, sigma: Scalar) -> Batch:
-        return (x - x0) / sigma
-
-    def extrapolate(self, change: Batch, sigma: Scalar) -> Batch:
-        return -sigma * change
-
-
 def interpolation_weights(
-    z: Float[Array, " nodes"], moments: Float[Array, "steps past"], first_order: Array
+    z: Float[Array, " nodes"],
+    moments: Float[Array, "steps past"],
+    count: Counts,
+    back: Sequence[int] | None = None,
 ) -> Weights:
-    """Solve sum_j w_j r_j^k = m_k in every step, with as many nodes as there are by then.
+    """Solve sum_j w_j r_j^k = m_k, k = 1 .. count, in every step; the other weights are 0.
 
-    z: the interpolation variable at the grid's nodes; moments: m_1 .. m_{order-1} of each step;
-    first_order: (steps,) where to use no history at all; there the rest need only be finite.
+    z: the interpolation variable at the grid's nodes; moments: m_1, m_2, ... of each step; count:
+    number of nodes that a step uses, where 0 the rest need only be finite; back: how many steps
+    ago each node was, by default 1, 2, ...
     """
-    steps, count = moments.shape
-    i, j = jnp.arange(steps)[:, None], jnp.arange(1, count + 1)[None]
-    available = (j <= i) & ~first_order[:, None]
-    h = jnp.where(first_order, 1.0, jnp.diff(z))  # a grid padded with zeros has none of its own
-    r = (z[jnp.maximum(i - j, 0)] - z[:-1, None]) / h[:, None]
-    power = jnp.where(available, r, 0.0)[:, None, :] ** j[:, :, None]  # (steps, k, j)
-    # Nodes and moments that are not there yet get equations of their own: w_j = 0.
-    active = available[:, :, None] & available[:, None, :]
-    matrix = jnp.where(active, power, jnp.eye(count, dtype=z.dtype)[None])
-    return jnp.linalg.solve(matrix, jnp.where(available, moments, 0.0)[..., None])[..., 0]
+    steps, size = moments.shape
+    index, order = jnp.arange(steps)[:, None], jnp.arange(1, size + 1)
+    nodes = index - (order if back is None else jnp.asarray(back, order.dtype))[None]
+    used = order[None] <= count[:, None]
+    h = jnp.where(count > 0, jnp.diff(z), 1.0)  # a grid padded with zeros has none of its own
+    r = jnp.where(used, (z[jnp.maximum(nodes, 0)] - z[:-1, None]) / h[:, None], 0.0)
+    # Nodes and moments that are not used get equations of their own: w_j = 0.
+    both = used[:, :, None] & used[:, None, :]
+    matrix = jnp.where(
+        both, r[:, None, :] ** order[None, :, None], jnp.eye(size, dtype=z.dtype)[None]
+    )
+    return jnp.linalg.solve(matrix, jnp.where(used, moments, 0.0)[..., None])[..., 0]

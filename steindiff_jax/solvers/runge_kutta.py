@@ -3,16 +3,31 @@
 import jax.numpy as jnp
 from jax import lax
 
-from steindiff_jax._typing import Batch, Denoiser, Key, Scalar, Sigmas, State, Step, pytree
-from steindiff_jax.solvers._step import take_step
+from steindiff_jax._typing import (
+    Batch,
+    Denoiser,
+    Key,
+    Scalar,
+    Sigmas,
+    State,
+    Step,
+    check_choices,
+    pytree,
+    static,
+)
+from steindiff_jax.solvers._step import PREDICTIONS, ddim, take_step
+
+# The places of the stages after the first, as fractions of the step in log sigma, and for each of
+# them, and for the step itself, the weights of what the stages before it changed.
+Tableau = tuple[tuple, tuple[tuple, ...]]
 
 
 @pytree
 class DDIM:
     """x' = q x + (1 - q) D(x, sigma), q = sigma' / sigma. First order, one evaluation a step.
 
-    DDIM (Song et al. 2021, arXiv:2010.02502), Euler in sigma and the exponential Euler method are
-    this same step.
+    DDIM (Song et al. 2021, arXiv:2010.02502), Euler in sigma, Euler in the time of a rectified flow
+    and the exponential Euler method are this same step.
     """
 
     def init(self, x: Batch, sigmas: Sigmas) -> State:  # noqa: ARG002
@@ -27,11 +42,20 @@ class DDIM:
 
 
 @pytree
-class Heun:
-    """Heun's method in sigma. Second order, two evaluations a step, one in a step to sigma = 0.
+class RungeKutta:
+    """Base of the solvers with several stages; a subclass gives its tableau.
 
-    Karras et al. 2022, arXiv:2206.00364, algorithm 1.
+    prediction: what is interpolated within the step, "x0", "epsilon" (the noise) or "flow" (the
+        velocity). A step to sigma = 0 is first order and costs one evaluation.
     """
+
+    prediction: str = static(default="epsilon", choices=("x0", "epsilon"), kw_only=True)
+
+    __post_init__ = check_choices
+
+    def tableau(self, h: Scalar) -> Tableau:
+        """The coefficients of a step of size h in -log sigma."""
+        raise NotImplementedError
 
     def init(self, x: Batch, sigmas: Sigmas) -> State:  # noqa: ARG002
         return State(x)
@@ -40,15 +64,42 @@ class Heun:
         self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
     ) -> tuple[State, Step]:
         del key
-        x0 = denoiser(state.x, sigma)
-        slope = (state.x - x0) / sigma
+        x = state.x
+        x0 = denoiser(x, sigma)
+        interpolated = PREDICTIONS[self.prediction]
+        first = interpolated.of(x, x0, sigma)
+        # Under vmap both branches run: the sigma of the unused one must be safe as well.
+        end = jnp.where(sigma_next > 0, sigma_next, sigma / 2)
+        places, rows = self.tableau(jnp.log(sigma / end))
 
-        def correct() -> Batch:
-            # Under vmap both branches run: the sigma of the unused one must be safe as well.
-            end = jnp.where(sigma_next > 0, sigma_next, sigma)
-            euler = state.x + (end - sigma) * slope
-            return -sigma * ((euler - denoiser(euler, end)) / end - slope) / 2
+        def stages() -> Batch:
+            changes = []
 
-        delta = lax.cond(sigma_next > 0, correct, lambda: jnp.zeros_like(x0))
-        nfe = 1 + (sigma_next > 0).astype(jnp.int32)
-        return take_step(state.x, x0, delta, sigma, sigma_next, nfe=nfe)
+            def x0_change(row: tuple) -> Batch:
+                zero = jnp.zeros_like(x)
+                change = sum((w * c for w, c in zip(row, changes, strict=True)), zero)
+                return interpolated.to_x0(change, sigma)
+
+            for r, row in zip(places, rows, strict=False):
+                at = sigma ** (1 - r) * end**r
+                x_r = ddim(x, x0 + x0_change(row), sigma, at)
+                changes.append(interpolated.of(x_r, denoiser(x_r, at), at) - first)
+            return x0_change(rows[-1])
+
+        delta = lax.cond(sigma_next > 0, stages, lambda: jnp.zeros_like(x0))
+        nfe = 1 + len(places) * (sigma_next > 0).astype(jnp.int32)
+        return take_step(x, x0, delta, sigma, sigma_next, nfe=nfe)
+
+
+@pytree
+class Heun(RungeKutta):
+    """Heun's method. Second order, two evaluations a step, one in a step to sigma = 0.
+
+    prediction: "epsilon", in sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1); "flow", in
+        the time t = sigma / (1 + sigma) of a rectified flow, for flow networks.
+    """
+
+    prediction: str = static(default="epsilon", choices=("epsilon", "flow"), kw_only=True)
+
+    def tableau(self, h: Scalar) -> Tableau:  # noqa: ARG002
+        return (1.0,), ((), (0.5,))

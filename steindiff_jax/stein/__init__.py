@@ -2,6 +2,15 @@
 
 from steindiff_jax.stein.correction import Stein
 from steindiff_jax.stein.divergence import Exact, Hutchinson, Jacobian, Tweedie
-from steindiff_jax.stein.rules import CleanTarget, StepEnergy
+from steindiff_jax.stein.rules import CleanTarget, PosteriorLength, StepEnergy
 
-__all__ = ["CleanTarget", "Exact", "Hutchinson", "Jacobian", "Stein", "StepEnergy", "Tweedie"]
+__all__ = [
+    "CleanTarget",
+    "Exact",
+    "Hutchinson",
+    "Jacobian",
+    "PosteriorLength",
+    "Stein",
+    "StepEnergy",
+    "Tweedie",
+]

@@ -5,6 +5,8 @@ divergence estimator as a function. gamma is computed inside the step from means
 or for each sample by itself.
 """
 
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -23,7 +25,7 @@ from steindiff_jax._typing import (
     static,
 )
 from steindiff_jax.stein.divergence import Divergence, Tweedie
-from steindiff_jax.stein.rules import Local, Rule, StepEnergy
+from steindiff_jax.stein.rules import Local, Previous, Rule, StepEnergy
 
 
 @pytree
@@ -56,6 +58,8 @@ class Stein:
             )
         if isinstance(self.inner, type) or not _offers(self.inner, "init", "step"):
             raise ValueError(f"the inner solver must have init and step, got {self.inner!r}")
+        if getattr(self.inner, "stochastic", False):
+            raise ValueError(f"the inner solver must be deterministic, got {self.inner!r}")
         if self.statistics == "sample" and getattr(self.divergence, "fraction", 1.0) < 1:
             raise ValueError(
                 "statistics='sample' needs a divergence of every sample: fraction must be 1, "
@@ -63,7 +67,8 @@ class Stein:
             )
 
     def init(self, x: Batch, sigmas: Sigmas) -> State:
-        return self.inner.init(x, sigmas)
+        previous = Previous(jnp.zeros_like(x), jnp.zeros_like(x), jnp.zeros_like(sigmas[0]))
+        return State(x, _Memory(self.inner.init(x, sigmas).history, previous))
 
     def step(
         self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
@@ -75,7 +80,8 @@ class Stein:
         def candidate(x: Batch, x0: Batch, elsewhere: Denoiser = denoiser) -> tuple[State, Step]:
             """The inner step, with the denoiser's value at its start known already."""
             known = _Known(elsewhere, x, sigma, x0)
-            return self.inner.step(key_inner, known, state._replace(x=x), sigma, sigma_next)
+            before = State(x, state.history.inner)
+            return self.inner.step(key_inner, known, before, sigma, sigma_next)
 
         def candidate_trace() -> Rows:
             """Sum over probes of v . dT, with dT the candidate's answer to dx = v, dx0 = J v."""
@@ -90,7 +96,17 @@ class Stein:
             return jax.vmap(along)(jacobian.v, jacobian.jv).sum(0)
 
         new, step = candidate(state.x, x0)
-        local = Local(state.x, x0, step.delta, new.x, sigma, sigma_next, jacobian, candidate_trace)
+        local = Local(
+            x=state.x,
+            x0=x0,
+            delta=step.delta,
+            candidate=new.x,
+            sigma=sigma,
+            sigma_next=sigma_next,
+            jacobian=jacobian,
+            previous=state.history.previous,
+            candidate_trace=candidate_trace,
+        )
         moments = jnp.stack([accurate(m) for m in self.rule.moments(local)], axis=-1)
         if self.statistics == "batch":
             moments = batch_mean(moments, self.axis_name)
@@ -98,7 +114,13 @@ class Stein:
         gamma = jnp.clip(gamma, self.rule.gamma_min, self.rule.gamma_max)
         # Written from the candidate: where gamma is 1 the step is the solver's to the last bit.
         back = expand(1 - gamma, new.x) * (self.rule.anchor(local) - new.x)
-        return new._replace(x=new.x + back.astype(new.x.dtype)), step._replace(gamma=gamma)
+        memory = _Memory(new.history, Previous(x0, step.delta, sigma))
+        return State(new.x + back.astype(new.x.dtype), memory), step._replace(gamma=gamma)
+
+
+class _Memory(NamedTuple):
+    inner: Any
+    previous: Previous
 
 
 class _Known:

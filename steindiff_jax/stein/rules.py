@@ -20,19 +20,27 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from steindiff_jax._numerics import divide, inner
+from steindiff_jax._numerics import divide, exponential_moments, inner
 from steindiff_jax._typing import Batch, Numeric, Rows, Scalar, pytree
 from steindiff_jax.denoisers import Schedule
 from steindiff_jax.schedules import EDM
 from steindiff_jax.stein.divergence import Jacobian
 
 
+class Previous(NamedTuple):
+    """The step before, as its solver proposed it: all 0 at the start."""
+
+    x0: Batch
+    delta: Batch
+    sigma: Scalar
+
+
 class Local(NamedTuple):
     """All that a rule may look at: one step of the wrapped solver, not yet corrected.
 
     x: state; x0: denoiser there; delta: what the solver adds to it; candidate: where it leads;
-    jacobian: what the divergence estimator knows; candidate_trace: () -> (batch,) trace of the
-    candidate's own Jacobian in x, computed only for the rule that asks.
+    jacobian: what the divergence estimator knows; previous: the step before; candidate_trace:
+    () -> (batch,) trace of the candidate's own Jacobian in x, computed only for the rule that asks.
     """
 
     x: Batch
@@ -42,6 +50,7 @@ class Local(NamedTuple):
     sigma: Scalar
     sigma_next: Scalar
     jacobian: Jacobian
+    previous: Previous
     candidate_trace: Callable[[], Rows]
 
 
@@ -105,6 +114,87 @@ class StepEnergy:
         del sigma, sigma_next
         complement, energy, change = moments
         return jnp.where(adds_nothing(change, energy), 1.0, divide(complement, energy, 1.0))
+
+
+# tanh(u), u ~ cosh, is the denoiser between two modes: its path to the chosen one is this share of
+# the variance, int cosh (1 - tanh)^2 / int cosh sech^2 = (4 - pi) / pi, whatever the step.
+# The Gaussian share reaches it at this eigenvalue, ((pi - 2) / 2)^2 = 0.326.
+MODE_EIGENVALUE = ((math.pi - 2) / 2) ** 2
+
+
+@pytree
+class PosteriorLength:
+    """Let history give the direction of delta, and Stein its length.
+
+    The exact step is x_next = q x + (1 - q)(D + delta*) with delta* the way that the denoiser has
+    still to go, and that cannot exceed what is uncertain: the posterior variance, by second-order
+    Tweedie V = E tr Cov[x0 | x] = sigma^2 E[tr J]. For a Gaussian posterior with Jacobian
+    eigenvalue l it is a known share of it, E|delta*|^2 = phi(l, q) V (`gaussian_share`); the
+    eigenvalue that weighs the variance is l = E|J|_F^2 / E[tr J], from the same probe. Where modes
+    are being chosen l grows beyond 1 and the share tends to that of two modes instead, which
+    `eigenvalue_max` stands for. So
+
+        length = sqrt(phi(min(l, eigenvalue_max), q) V / E|delta|^2).
+
+    The last step tells for free how far the solver's own length can be trusted: the evaluation
+    that followed it gives delta anew, omega (D - D_previous) with omega the mean weight of the
+    exponential integral. With surprise = E|delta_previous - that|^2 / E|that|^2, at most 1,
+
+        gamma = length ^ surprise.
+
+    As steps shrink surprise = O(step^2), so a third-order solver stays one. This project's rule.
+    """
+
+    gamma_min: Numeric = 0.0
+    gamma_max: Numeric = 8.0
+    eigenvalue_max: Numeric = MODE_EIGENVALUE
+
+    def __post_init__(self) -> None:
+        check_clip(self.gamma_min, self.gamma_max)
+
+    def anchor(self, local: Local) -> Batch:
+        return first_order(local)
+
+    def moments(self, local: Local) -> Moments:
+        change = local.delta / local.sigma
+        noise = (local.x - local.x0) / local.sigma
+        before = local.previous
+        # At the start there is no step before, and delta_previous = 0 is all surprise.
+        ratio = jnp.where(before.sigma > 0, before.sigma, local.sigma) / local.sigma
+        omega = exponential_moments(jnp.log(ratio)[None], 2)[0, 0]
+        confirmed = omega * (local.x0 - before.x0)
+        surprise = before.delta - confirmed
+        return (
+            local.jacobian.trace,
+            local.jacobian.squared_norm,
+            inner(change, change),
+            inner(noise, noise),
+            inner(surprise, surprise),
+            inner(confirmed, confirmed),
+        )
+
+    def gamma(self, moments: Moments, sigma: Scalar, sigma_next: Scalar) -> Array:
+        trace, squared_norm, change, energy, surprise, confirmed = moments
+        tiny = jnp.finfo(trace.dtype).tiny
+        eigenvalue = divide(squared_norm, trace, self.eigenvalue_max)
+        share = gaussian_share(jnp.minimum(eigenvalue, self.eigenvalue_max), sigma_next / sigma)
+        length = jnp.sqrt(jnp.maximum(divide(share * trace, change, 1.0), tiny))
+        doubt = jnp.minimum(divide(surprise, confirmed, 1.0), 1.0)
+        length = jnp.clip(length, self.gamma_min, self.gamma_max)
+        return jnp.where(adds_nothing(change, energy), 1.0, jnp.maximum(length, tiny) ** doubt)
+
+
+def gaussian_share(eigenvalue: Array, q: Array) -> Array:
+    """Phi = E|delta*|^2 / V of the exact step on Gaussian data, q = sigma_next / sigma.
+
+    With D = l (x - mean) + mean the flow scales x - mean by r = sqrt(l + (1 - l) q^2), so that
+    delta* = ((r - q) / (1 - q) - l)(x - mean), with E|x - mean|^2 = sigma^2 d / (1 - l) and
+    V = sigma^2 l d. Written without cancellation at either end of l; (1 - sqrt l) / (1 + sqrt l)
+    at q = 0.
+    """
+    eigenvalue = jnp.maximum(eigenvalue, jnp.finfo(eigenvalue.dtype).eps)
+    r = jnp.sqrt(eigenvalue + (1 - eigenvalue) * q**2)
+    return (1 - eigenvalue) * eigenvalue * ((1 - q**2) / ((r + q) * (1 + r))) ** 2
 
 
 @pytree

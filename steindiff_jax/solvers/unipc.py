@@ -1,0 +1,59 @@
+"""UniPC: a multistep predictor, and a corrector that costs no evaluation of its own.
+
+The predictor leads from the state x to the next one. The evaluation there, which the next step
+needs anyway, then corrects it, as one more node of the interpolation (Zhao et al. 2023,
+arXiv:2302.04867). Both start from the same x, so the correction is a combination of differences of
+what was interpolated; here it is made at the beginning of the next step, as a part of that step's
+own row of weights.
+"""
+
+import jax.numpy as jnp
+
+from steindiff_jax._typing import Sigmas, pytree, static
+from steindiff_jax.solvers.dpm import log_snr, moments
+from steindiff_jax.solvers.multistep import Counts, Multistep, Weights, interpolation_weights
+
+
+@pytree
+class UniPC(Multistep):
+    """UniPC-p with its corrector UniC-p, one evaluation a step.
+
+    Second order for order=1, third for 2 and 3 (the fourth order of UniPC-3 is lost in its first
+    step, unless the denoiser hardly changes there).
+
+    order: 1, 2 or 3.
+    kind: the first moment wherever there is but one node: "bh2", 1/2; "bh1", 1/2 at the other end
+        of the step; "vary_coeff", the exact one. Otherwise all three are the same method.
+    A step to sigma = 0 is first order and returns the denoiser's estimate, whatever the options.
+    """
+
+    order: int = static(default=3, choices=(1, 2, 3))
+    kind: str = static(default="bh2", choices=("bh1", "bh2", "vary_coeff"))
+
+    def weights(self, sigmas: Sigmas) -> Weights:
+        z, count = log_snr(sigmas), self.history(sigmas, self.order)
+        h = jnp.diff(z) if self.prediction == "x0" else -jnp.diff(z)
+        exact = moments(jnp.diff(z), self.order + 1, self.prediction)
+        simple = {"bh1": h / -jnp.expm1(-h) / 2, "bh2": jnp.full_like(h, 0.5)}
+
+        def rows(count: Counts, size: int, back: list[int]) -> Weights:
+            row = exact
+            if self.kind in simple:
+                row = jnp.where(count[:, None] == 1, simple[self.kind][:, None], exact)
+            return interpolation_weights(z, row[:, :size], count, back)
+
+        before = list(range(1, self.order))
+        predictor = rows(count, self.order - 1, before)
+        corrector = rows(count + 1, self.order, [-1, *before])
+        # What the corrector adds to the step before, in differences from the value at its end.
+        change = corrector.at[:, 1:].add(-predictor)
+        change = change.at[:, 0].set(-change.sum(axis=1))
+        # ... and in units of this step's own change.
+        last = sigmas[1:] == 0
+        drop = -jnp.diff(sigmas)
+        scale = drop[:-1] / jnp.where(last, 1.0, drop)[1:]
+        if self.prediction == "x0":
+            scale = scale * sigmas[2:] / jnp.where(last[1:], 1.0, sigmas[:-2])
+        predictor = jnp.pad(predictor, ((0, 0), (0, 1)))
+        row = predictor.at[1:].add(scale[:, None] * change[:-1])
+        return jnp.where(last[:, None], 0.0, row)
