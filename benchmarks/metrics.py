@@ -1,6 +1,5 @@
 """Distances between samples and the law they should follow."""
 
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,8 +10,8 @@ class SlicedWasserstein:
     """Sliced 2-Wasserstein distance to a law given by many draws, relative to its projected std.
 
     Along each of `projections` random directions the sorted samples are compared with the law's
-    quantiles, W2^2 = mean_i (x_(i) - Q((i + 1/2) / n))^2, over the variance there; the root of the mean
-    over directions. 0 is perfect; 1 is as far as a point mass at the mean.
+    quantiles, W2^2 = mean_i (x_(i) - Q((i + 1/2) / n))^2, over the variance there; the root of the
+    mean over directions. 0 is perfect; 1 is as far as a point mass at the mean.
     """
 
     def __init__(self, law: np.ndarray, n: int, projections: int = 128, seed: int = 0) -> None:

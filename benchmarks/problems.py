@@ -5,12 +5,18 @@ x = x0 + sigma * noise is a mixture in closed form, and with it the denoiser and
 its Jacobian. Data are scaled to standard deviation 0.5, as EDM does, where they are real.
 """
 
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
 import steindiff_jax as sd
+
+sys.path.append(str(Path(__file__).parents[1] / "examples"))  # the digits network
 
 
 @sd.pytree
@@ -30,7 +36,7 @@ class Mixture:
 
     def posterior(self, x: Array, sigma: Array) -> tuple[Array, Array]:
         """E[x0 | x] (batch, d) and tr Cov[x0 | x] (batch,)."""
-        (components, d), rank = self.means.shape, self.spread.shape[1]
+        d, rank = self.means.shape[1], self.spread.shape[1]
         floor = self.floor + sigma**2
         total = floor + self.spread
         # Inner products rather than differences: nothing of size (batch, components, d) is made.
@@ -211,3 +217,41 @@ REPORT = {
     "offset": lambda: low_rank(20, d=30, rank=4, width=0.3, offset=1.5, seed=17),
     "patches": patches,
 }
+
+
+class Problem(NamedTuple):
+    """A denoiser (batch, *event), and draws (n, *event) of the law that it should sample."""
+
+    denoiser: sd.Denoiser
+    event: tuple[int, ...]
+    law: np.ndarray
+    mixture: Mixture | None = None
+
+
+def exact(problem: Mixture, draws: int = 200_000) -> Problem:
+    """The mixture's own law is the one to sample."""
+    return Problem(problem, problem.means.shape[1:], problem.draw(0, draws), problem)
+
+
+def network(scale: float, batch: int, draws: int = 2000) -> Problem:
+    """The digits network under guidance; its own fine solve is the law to sample."""
+    import digits as trained
+
+    labels = jnp.arange(batch) % 10
+    free = trained.load(jnp.full(batch, trained.NULL))
+    denoiser = sd.guided(trained.load(labels), free, scale) if scale else free
+    fine = [
+        sd.sample(
+            jax.random.key(1000 + i),
+            denoiser,
+            (batch, 8, 8, 1),
+            sigmas=sd.karras_sigmas(100),
+            solver=sd.DPMpp2M(),
+        ).x
+        for i in range(-(-draws // batch))
+    ]
+    return Problem(denoiser, (8, 8, 1), np.concatenate(fine))
+
+
+# Guidance scales of the digits network; 0 is unguided. Reported; rules saw 0 and 3.
+GUIDED = {"digits network, guidance 1.5": 1.5, "digits network, guidance 6": 6.0}

@@ -1,8 +1,8 @@
 """Five-step samples of a digits network, plain and Stein-corrected, beside a 200-step reference.
 
-Writes quickstart.png and prints a table: distance of the law (sliced-W2, relative to the reference's
-standard deviation) and of each sample (RMSE) to the reference from the same noise. Under a
-minute on two cores.
+Writes quickstart.png and prints a table: distance of the law (sliced-W2, relative to the
+reference's standard deviation) and of each sample (RMSE) to the reference from the same noise.
+Under a minute on two cores.
 """
 
 import time

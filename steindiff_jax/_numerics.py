@@ -29,7 +29,7 @@ def expand(scalar: Array, x: Batch) -> Array:
     return scalar.reshape(scalar.shape + (1,) * (x.ndim - scalar.ndim)) if scalar.ndim else scalar
 
 
-def divide(a: Numeric, b: Numeric, otherwise: float) -> Array:
+def divide(a: Numeric, b: Numeric, otherwise: Numeric) -> Array:
     """Quotient a / b where b > 0, else `otherwise`; its gradient is finite in both cases."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), otherwise)
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from steindiff_jax._numerics import accurate, expand
 from steindiff_jax._typing import Batch, Denoiser, Numeric, Scalar, pytree, static
 
 
@@ -49,7 +50,7 @@ class Network:
     schedule: Schedule
     prediction: str = static()
     sigma_data: Numeric = 0.5
-    cond: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
+    cond: Mapping[str, Array] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prediction != "edm" and self.prediction not in PREDICTIONS:
@@ -108,7 +109,7 @@ def from_linen(
         statistics would couple or randomise the samples), or cond without a row per sample.
     """
     apply = _Linen(module, tuple(sorted(options.items())))
-    return Network(apply, variables, schedule, prediction, sigma_data, dict(cond or {}))
+    return Network(apply, variables, schedule, prediction, sigma_data, _arrays(cond))
 
 
 def from_nnx(
@@ -132,7 +133,11 @@ def from_nnx(
     )
     graph, state = nnx.split(inference)
     apply = _Nnx(graph, tuple(sorted(options.items())))
-    return Network(apply, state, schedule, prediction, sigma_data, dict(cond or {}))
+    return Network(apply, state, schedule, prediction, sigma_data, _arrays(cond))
+
+
+def _arrays(cond: Mapping[str, ArrayLike] | None) -> dict[str, Array]:
+    return {name: jnp.asarray(value) for name, value in (cond or {}).items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,7 +203,7 @@ class GuidedNetwork:
     """`Guided` where both branches are one network: evaluated in one call on 2 batch rows."""
 
     network: Network
-    unconditional: Mapping[str, ArrayLike]
+    unconditional: Mapping[str, Array]
     scale: Numeric
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
@@ -233,6 +238,46 @@ def guided(
     ):
         return GuidedNetwork(conditional, unconditional.cond, scale)
     return Guided(conditional, unconditional, scale)
+
+
+@pytree
+class StaticThreshold:
+    """The denoiser with x0 clipped to [-limit, limit], for data known to lie there."""
+
+    denoiser: Denoiser
+    limit: Numeric = 1.0
+
+    def __call__(self, x: Batch, sigma: Scalar) -> Batch:
+        return jnp.clip(self.denoiser(x, sigma), -self.limit, self.limit)
+
+    def rows(self, take: Callable[[Array], Array]) -> "StaticThreshold":
+        """See `Network.rows`."""
+        return dataclasses.replace(self, denoiser=rows(self.denoiser, take))
+
+
+@pytree
+class DynamicThreshold:
+    """The denoiser with each sample's x0 clipped to its own quantile and scaled back to the limit.
+
+    x0 -> clip(x0, -s, s) limit / s, with s the quantile of |x0| over the sample, at least limit:
+    against the saturation that strong guidance brings (Saharia et al. 2022, arXiv:2205.11487,
+    section 2.3). For pixels in [-limit, limit]; not for latents.
+    """
+
+    denoiser: Denoiser
+    quantile: Numeric = 0.995
+    limit: Numeric = 1.0
+
+    def __call__(self, x: Batch, sigma: Scalar) -> Batch:
+        x0 = self.denoiser(x, sigma)
+        size = accurate(jnp.abs(x0)).reshape(x0.shape[0], -1)
+        s = jnp.maximum(jnp.quantile(size, self.quantile, axis=1), self.limit)
+        s = expand(s, x0).astype(x0.dtype)
+        return jnp.clip(x0, -s, s) * (self.limit / s)
+
+    def rows(self, take: Callable[[Array], Array]) -> "DynamicThreshold":
+        """See `Network.rows`."""
+        return dataclasses.replace(self, denoiser=rows(self.denoiser, take))
 
 
 def rows(denoiser: Denoiser, take: Callable[[Array], Array]) -> Denoiser:

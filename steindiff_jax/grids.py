@@ -1,4 +1,10 @@
-"""Grids: decreasing sequences of sigma (noise-to-signal ratio) that a sampler steps through."""
+"""Grids: decreasing sequences of sigma (noise-to-signal ratio) that a sampler steps through.
+
+Any array that `check_sigmas` accepts is one; these are the ones that the field uses.
+"""
+
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +13,17 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from steindiff_jax._typing import Numeric, Sigmas
+from steindiff_jax.schedules import Discrete
+
+
+@runtime_checkable
+@runtime_checkable
+class TimeSchedule(Protocol):
+    """What a grid in time needs of a schedule, see `schedules`."""
+
+    def alpha(self, t: Array, /) -> Array: ...
+
+    def sigma(self, t: Array, /) -> Array: ...
 
 
 def karras_sigmas(
@@ -16,19 +33,82 @@ def karras_sigmas(
 
     Karras et al. 2022, arXiv:2206.00364, eq. 5. ValueError for fewer than one step.
     """
-    ramp = _ramp(steps)
-    return _ending_in_zero(
-        (sigma_max ** (1 / rho) + ramp * (sigma_min ** (1 / rho) - sigma_max ** (1 / rho))) ** rho
-    )
+    return _uniform(steps, sigma_max ** (1 / rho), sigma_min ** (1 / rho), lambda u: u**rho)
 
 
 def log_snr_sigmas(steps: int, sigma_min: Numeric = 0.002, sigma_max: Numeric = 80.0) -> Sigmas:
     """Uniform in log-SNR, that is in -log sigma, from sigma_max to sigma_min, then 0; (steps + 1,).
 
-    Lu et al. 2022, arXiv:2206.00927. ValueError for fewer than one step.
+    Lu et al. 2022, arXiv:2206.00927; k-diffusion's "exponential". ValueError for fewer than one
+    step.
     """
-    ramp = _ramp(steps)
-    return _ending_in_zero(jnp.exp((1 - ramp) * jnp.log(sigma_max) + ramp * jnp.log(sigma_min)))
+    return _uniform(steps, jnp.log(sigma_max), jnp.log(sigma_min), jnp.exp)
+
+
+exponential_sigmas = log_snr_sigmas
+
+
+def cosine_sigmas(steps: int, sigma_min: Numeric = 0.002, sigma_max: Numeric = 80.0) -> Sigmas:
+    """Uniform in the angle arctan sigma, the time of `VPCosine(shift=0)`, then 0; (steps + 1,).
+
+    Nichol & Dhariwal 2021, arXiv:2102.09672. ValueError for fewer than one step.
+    """
+    return _uniform(steps, jnp.arctan(sigma_max), jnp.arctan(sigma_min), jnp.tan)
+
+
+def time_sigmas(
+    steps: int,
+    schedule: TimeSchedule,
+    t_min: Numeric = 1e-3,
+    t_max: Numeric = 1.0,
+    power: Numeric = 1.0,
+) -> Sigmas:
+    """Uniform in t^(1/power) of a schedule from t_max to t_min, then 0; (steps + 1,).
+
+    power: 1 is uniform in time, 2 quadratic (Song et al. 2021, arXiv:2010.02502, section D.3).
+    Where alpha(t_max) = 0, as for `RectifiedFlow` and `VPCosine` at 1, the ratio is infinite: start
+    below. ValueError for fewer than one step.
+    """
+
+    def ratio(u: Array) -> Array:
+        t = u**power
+        return schedule.sigma(t) / schedule.alpha(t)
+
+    return _uniform(steps, t_max ** (1 / power), t_min ** (1 / power), ratio)
+
+
+def flow_sigmas(steps: int, shift: Numeric = 1.0, t_max: Numeric = 0.999) -> Sigmas:
+    """Uniform in the time t of a rectified flow from t_max to 0, then shifted; (steps + 1,).
+
+    The shifted time is shift t / (1 + (shift - 1) t) (Esser et al. 2024, arXiv:2403.03206, eq. 23),
+    whose ratio t / (1 - t) is `shift` times that of t. ValueError for fewer than one step.
+    """
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    t = jnp.linspace(t_max, 0.0, steps + 1)
+    return shift * t / (1 - t)
+
+
+def ddpm_sigmas(steps: int, schedule: Discrete, spacing: str = "trailing") -> Sigmas:
+    """The ratios at integer timesteps of a DDPM with N of them, then 0; (steps + 1,).
+
+    spacing: of the timesteps, as in Lin et al. 2023, arXiv:2305.08891, table 2. "leading": 0, k,
+        2k, ... with k = N // steps, "linspace": from 0 to N - 1, "trailing": N - 1, N - 1 - k, ...
+        with k = N / steps, which alone ends as far from 0 as it should.
+
+    ValueError for any other, and unless 1 <= steps <= N.
+    """
+    total = jnp.shape(schedule.betas)[0]
+    if not 1 <= steps <= total:
+        raise ValueError(f"steps must be between 1 and {total}, got {steps}")
+    spacings = {
+        "leading": np.arange(steps)[::-1] * (total // steps),
+        "linspace": np.linspace(total - 1, 0, steps).round(),
+        "trailing": np.round(total - np.arange(steps) * total / steps) - 1,
+    }
+    if spacing not in spacings:
+        raise ValueError(f"spacing must be one of {[*spacings]}, got {spacing!r}")
+    return jnp.append(schedule.ratio(jnp.asarray(spacings[spacing], float)), 0.0)
 
 
 def check_sigmas(sigmas: ArrayLike) -> Array:
@@ -51,11 +131,9 @@ def check_sigmas(sigmas: ArrayLike) -> Array:
     return grid
 
 
-def _ramp(steps: int) -> Array:
+def _uniform(steps: int, start: Numeric, end: Numeric, ratio: Callable[[Array], Array]) -> Sigmas:
+    """The ratio at `steps` equidistant points from start to end, then 0."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
-    return jnp.linspace(0.0, 1.0, steps)
-
-
-def _ending_in_zero(sigmas: Array) -> Array:
-    return jnp.append(sigmas, 0.0)
+    ramp = jnp.linspace(0.0, 1.0, steps)
+    return jnp.append(ratio((1 - ramp) * start + ramp * end), 0.0)

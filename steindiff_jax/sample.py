@@ -1,10 +1,11 @@
 """The driver: one scan over the sigmas."""
 
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
@@ -36,6 +37,7 @@ def sample(
     solver: Solver | None = None,
     x_init: ArrayLike | None = None,
     record: Record | None = None,
+    remat: bool = False,
 ) -> Solution:
     """Sample by integrating the probability-flow ODE dx/dsigma = (x - D(x, sigma)) / sigma.
 
@@ -55,6 +57,8 @@ def sample(
       solver: default `Stein(DPMpp3M())`.
       x_init: (batch, *event) start at sigmas[0], in place of sigmas[0] * noise.
       record: (state, step) -> anything; what it returns is stacked over the steps.
+      remat: for gradients: keep the state of each step alone and compute the step again on the
+        way back, which takes one more evaluation and far less memory.
 
     Returns:
       `Solution`. Its x is in float32 or wider, whatever the network computes in.
@@ -78,11 +82,15 @@ def sample(
         x_init = accurate(x_init)
     data, program = _split((denoiser, solver, record))
     shape = tuple(shape) if shape is not None and x_init is None else ()
-    padded = not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(sigmas[-2] == 0)
-    return _sample(key, data, sigmas, x_init, program=program, shape=shape, padded=padded)
+    padded = (
+        not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(np.asarray(sigmas)[-2] == 0)
+    )
+    return _sample(
+        key, data, sigmas, x_init, program=program, shape=shape, padded=padded, remat=remat
+    )
 
 
-@partial(jax.jit, static_argnames=("program", "shape", "padded"))
+@partial(jax.jit, static_argnames=("program", "shape", "padded", "remat"))
 def _sample(
     key: Key,
     data: list[Array],
@@ -92,6 +100,7 @@ def _sample(
     program: tuple,
     shape: tuple[int, ...],
     padded: bool,
+    remat: bool,
 ) -> Solution:
     denoiser, solver, record = _join(data, program)
     key_noise, key_steps = jax.random.split(key)
@@ -108,7 +117,12 @@ def _sample(
             key_step = jax.random.fold_in(key_steps, index)
             state, step = solver.step(key_step, denoiser, state, sigma, sigma_next)
             finite = jnp.isfinite(state.x).all(axis=range(1, state.x.ndim))
-            facts = step.gamma, step.nfe, finite, record and record(state, step)
+            facts = (
+                jnp.asarray(step.gamma, sigmas.dtype),
+                step.nfe,
+                finite,
+                record and record(state, step),
+            )
             return state, jax.tree.map(jnp.asarray, facts)
 
         if not padded:
@@ -117,6 +131,8 @@ def _sample(
         blank = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), facts)
         return lax.cond(sigma > 0, advance, lambda state: (state, blank), state)
 
+    if remat:
+        body = jax.checkpoint(body, prevent_cse=False)  # the scan separates the two already
     steps = jnp.arange(sigmas.size - 1)
     start = solver.init(x_init, sigmas)
     end, (gamma, nfe, finite, kept) = lax.scan(body, start, (steps, sigmas[:-1], sigmas[1:]))
@@ -137,7 +153,7 @@ def _check_denoiser(denoiser: Denoiser, x: Batch, sigma: Scalar) -> None:
 def _split(tree: Any) -> tuple[list, tuple]:
     """Arrays and floats of a pytree, as data, and all else, as part of the program."""
     leaves, structure = jax.tree.flatten(tree)
-    is_data = [isinstance(leaf, jax.typing.ArrayLike | float | complex) for leaf in leaves]
+    is_data = [isinstance(leaf, get_args(ArrayLike)) for leaf in leaves]
     data = [leaf for leaf, known in zip(leaves, is_data, strict=True) if known]
     rest = tuple(None if known else leaf for leaf, known in zip(leaves, is_data, strict=True))
     return data, (rest, tuple(is_data), structure)

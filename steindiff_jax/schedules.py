@@ -7,6 +7,7 @@ alpha(t) or sigma(t) vanishes.
 """
 
 import math
+from typing import Any
 
 import jax.numpy as jnp
 from jax import Array
@@ -102,22 +103,27 @@ class VPCosine(_VariancePreserving):
 
 @pytree
 class RectifiedFlow:
-    """alpha = 1 - t, sigma = t, t in [0, 1): linear paths of rectified flow and flow matching.
+    """alpha = 1 - s, sigma = s, s = shift t / (1 + (shift - 1) t), t in [0, 1).
 
-    Liu et al. 2023, arXiv:2209.03003. The ratio is infinite at t = 1: start below it.
+    Linear paths of rectified flow and flow matching (Liu et al. 2023, arXiv:2209.03003), with the
+    time shift of Esser et al. 2024 (arXiv:2403.03206, eq. 23). The network is told t; one that is
+    told the shifted time itself has shift 1, and a shifted grid (`flow_sigmas`). The ratio is
+    infinite at t = 1: start below it.
     """
 
+    shift: Numeric = 1.0
+
     def alpha(self, t: Array) -> Array:
-        return 1 - t
+        return (1 - t) / (1 + (self.shift - 1) * t)
 
     def sigma(self, t: Array) -> Array:
-        return t
+        return self.shift * t / (1 + (self.shift - 1) * t)
 
     def time(self, ratio: Array) -> Array:
-        return ratio / (1 + ratio)
+        return ratio / (self.shift + ratio)
 
     def at(self, ratio: Array) -> tuple[Array, Array, Array]:
-        return self.time(ratio), 1 / (1 + ratio), self.time(ratio)
+        return self.time(ratio), 1 / (1 + ratio), ratio / (1 + ratio)
 
 
 @pytree
@@ -130,13 +136,47 @@ class Discrete(_VariancePreserving):
 
     betas: ArrayLike
 
-    def _log_ratios(self) -> Array:
-        log_alpha2 = jnp.cumsum(jnp.log1p(-jnp.asarray(self.betas)))
-        return (jnp.log(-jnp.expm1(log_alpha2)) - log_alpha2) / 2
+    @classmethod
+    def linear(cls, steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> "Discrete":
+        """Betas uniform from start to end (Ho et al. 2020)."""
+        return cls(jnp.linspace(start, end, steps))
+
+    @classmethod
+    def scaled_linear(
+        cls, steps: int = 1000, start: float = 0.00085, end: float = 0.012
+    ) -> "Discrete":
+        """Square roots of betas uniform (Rombach et al. 2022, arXiv:2112.10752)."""
+        return cls(jnp.linspace(start**0.5, end**0.5, steps) ** 2)
+
+    @classmethod
+    def cosine(cls, steps: int = 1000, max_beta: float = 0.999) -> "Discrete":
+        """Betas of `VPCosine`, at most max_beta (Nichol & Dhariwal 2021, arXiv:2102.09672)."""
+        alpha = VPCosine().alpha(jnp.linspace(0.0, 1.0, steps + 1))
+        return cls(jnp.minimum(1 - (alpha[1:] / alpha[:-1]) ** 2, max_beta))
+
+    def zero_terminal_snr(self, ratio: float = 4096.0) -> "Discrete":
+        """The betas rescaled such that alpha vanishes at the last step.
+
+        Lin et al. 2023, arXiv:2305.08891, algorithm 1. The last ratio would be infinite, where no
+        step can start; it is set to a large finite one, at which x is noise all the same.
+        """
+        alpha = jnp.exp(self._log_alpha())
+        alpha = alpha[0] * (alpha - alpha[-1]) / (alpha[0] - alpha[-1])
+        alpha = alpha.at[-1].set(1 / math.hypot(1.0, ratio))
+        return Discrete(1 - (alpha / jnp.append(1.0, alpha[:-1])) ** 2)
+
+    def _log_alpha(self) -> Array:
+        return jnp.cumsum(jnp.log1p(-jnp.asarray(self.betas))) / 2
+
+    def _table(self, dtype: Any) -> tuple[Array, Array]:
+        """Times and log ratios, both increasing; (steps,)."""
+        log_alpha = self._log_alpha()
+        log_ratios = jnp.log(-jnp.expm1(2 * log_alpha)) / 2 - log_alpha
+        return jnp.arange(log_alpha.size, dtype=dtype), log_ratios.astype(dtype)
 
     def ratio(self, t: Array) -> Array:
-        table = self._log_ratios()
-        return jnp.exp(jnp.interp(t, jnp.arange(table.size, dtype=table.dtype), table))
+        times, log_ratios = self._table(jnp.asarray(t).dtype)
+        return jnp.exp(jnp.interp(t, times, log_ratios))
 
     def alpha(self, t: Array) -> Array:
         return 1 / jnp.hypot(1.0, self.ratio(t))
@@ -145,5 +185,5 @@ class Discrete(_VariancePreserving):
         return self.ratio(t) * self.alpha(t)
 
     def time(self, ratio: Array) -> Array:
-        table = self._log_ratios()
-        return jnp.interp(jnp.log(ratio), table, jnp.arange(table.size, dtype=table.dtype))
+        times, log_ratios = self._table(ratio.dtype)
+        return jnp.interp(jnp.log(ratio), log_ratios, times)

@@ -28,6 +28,7 @@ from steindiff_jax._typing import (
     Numeric,
     Scalar,
     Sigmas,
+    Solver,
     State,
     Step,
     pytree,
@@ -41,6 +42,7 @@ from steindiff_jax.stein.divergence import Tweedie
 from steindiff_jax.stein.rules import Local, Moments, Rule
 
 _FORMAT = "steindiff_jax coefficients 1"
+_RTOL = 1e-5  # two sigmas are one and the same but for the rounding of float32
 
 
 @pytree
@@ -95,13 +97,15 @@ class Calibrated:
 
     def check(self, sigmas: ArrayLike) -> None:
         """ValueError unless `sigmas` is the grid of the table, as far as it is known by value."""
-        steps, given = self.gamma.shape[0], jnp.shape(sigmas)[0] - 1
-        known = not isinstance(sigmas, Tracer) and not isinstance(self.sigmas, Tracer)
-        used = np.trim_zeros(np.asarray(sigmas), "b") if known else None
-        if given < steps or (known and not _same(used, np.trim_zeros(self.sigmas, "b"))):
+        if isinstance(sigmas, Tracer) or isinstance(self.sigmas, Tracer):
+            other = jnp.shape(sigmas)[0] < self.sigmas.shape[0]  # more of them may be padding
+        else:
+            mine, given = (np.trim_zeros(np.asarray(grid), "b") for grid in (self.sigmas, sigmas))
+            other = mine.shape != given.shape or not np.allclose(mine, given, rtol=_RTOL, atol=0)
+        if other:
             raise ValueError(
-                f"this table of gamma is for {steps} steps along sigmas={_show(self.sigmas)}, got "
-                f"{given} steps along {_show(sigmas)}; pass sigmas=table.sigmas, or calibrate again"
+                f"this table of gamma is for sigmas={_show(self.sigmas)}, got {_show(sigmas)}; "
+                "pass sigmas=table.sigmas, or calibrate again"
             )
 
     def step(
@@ -164,15 +168,19 @@ def calibrate(
     denoiser: Denoiser,
     shape: tuple[int, ...] | None,
     sigmas: ArrayLike,
-    solver: Stein,
+    solver: Solver,
     *,
     x_init: ArrayLike | None = None,
 ) -> Calibrated:
     """Run the correction once and keep its coefficients; not inside `jit`.
 
     Args:
-      key, denoiser, shape, sigmas, x_init: as in `sample`. A large batch makes a quiet table.
+      key: as in `sample`.
+      denoiser: as in `sample`.
+      shape: (batch, *event) as in `sample`; a large batch makes a quiet table.
+      sigmas: (steps + 1,) as in `sample`.
       solver: a `Stein` with statistics="batch".
+      x_init: as in `sample`.
 
     Returns:
       A solver that replays gamma. On the batch it was recorded from, gamma is the live run's.
@@ -219,16 +227,11 @@ def fingerprint(denoiser: Denoiser) -> str:
     return digest.hexdigest()
 
 
-def _close(a: ArrayLike, b: ArrayLike) -> Array:
-    """Equal but for the rounding of a grid computed twice, in float32 at worst."""
-    return jnp.abs(jnp.asarray(a) - b) <= 1e-5 * jnp.abs(jnp.asarray(b))
-
-
-def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    return a.shape == b.shape and np.allclose(a, b, rtol=1e-5, atol=0)
+def _close(a: Array, b: Array) -> Array:
+    return jnp.abs(a - b) <= _RTOL * jnp.abs(b)
 
 
 def _show(sigmas: ArrayLike) -> str:
     if isinstance(sigmas, Tracer):
-        return "unknown sigmas"
-    return np.array2string(np.asarray(sigmas), precision=4, threshold=12, separator=", ")
+        return f"{sigmas.size} values that are traced"
+    return f"[{', '.join(f'{sigma:.5g}' for sigma in np.asarray(sigmas))}]"

@@ -32,8 +32,9 @@ from steindiff_jax.stein.rules import Local, Previous, Rule, StepEnergy
 class Stein:
     """The Stein correction of any solver; itself a solver.
 
-    inner: solver; rule: `StepEnergy()` or `CleanTarget()`, the paper's, or your own; divergence:
-    `Tweedie()`, free, `Hutchinson(...)` or `Exact()`.
+    inner: solver; rule: `PosteriorLength()`, `StepEnergy()`, `CleanTarget()`, the paper's, or your
+    own; divergence: `Tweedie()`, free, `Hutchinson(...)` or `Exact()`; the rule's own choice where
+    none is given.
     statistics: "batch", means over the batch, over all devices too where the batch is sharded, or
         "sample", each sample by itself: no communication, and good in high dimension.
     axis_name: mapped axis that the batch is also spread over, under `shard_map` or `vmap`.
@@ -43,7 +44,7 @@ class Stein:
 
     inner: Solver
     rule: Rule = StepEnergy()
-    divergence: Divergence = Tweedie()
+    divergence: Divergence = None  # pyright: ignore[reportAssignmentType]  # the rule's choice
     statistics: str = static(default="batch")
     axis_name: str | None = static(default=None)
 
@@ -52,6 +53,9 @@ class Stein:
             raise ValueError(f"statistics must be 'batch' or 'sample', got {self.statistics!r}")
         if isinstance(self.rule, type) or not _offers(self.rule, "anchor", "moments", "gamma"):
             raise ValueError(f"rule must have anchor, moments and gamma, got {self.rule!r}")
+        if self.divergence is None:
+            choice = getattr(self.rule, "estimator", lambda statistics: Tweedie())  # noqa: ARG005
+            object.__setattr__(self, "divergence", choice(self.statistics))
         if isinstance(self.divergence, type) or not _offers(self.divergence, "__call__"):
             raise ValueError(
                 f"divergence must be an estimator such as Tweedie(), got {self.divergence!r}"

@@ -7,7 +7,8 @@ A corrected step is x_next = anchor + gamma (candidate - anchor). A rule is a sm
     gamma(moments, sigma, sigma_next)   the coefficient, from the means of those (or from each
                                    sample's own), before the clip to [gamma_min, gamma_max]
 
-and nothing else in the library knows it. Every rule rests on Stein's identity: for
+and nothing else in the library knows it. A rule that needs a real divergence may also name its
+default, estimator(statistics); it is `Tweedie` otherwise. Every rule rests on Stein's identity: for
 x = x0 + sigma noise and any smooth v(x), E<v, x - x0> = sigma^2 E[div v], so inner products with
 the unknown clean sample become divergences.
 """
@@ -24,7 +25,7 @@ from steindiff_jax._numerics import divide, exponential_moments, inner
 from steindiff_jax._typing import Batch, Numeric, Rows, Scalar, pytree
 from steindiff_jax.denoisers import Schedule
 from steindiff_jax.schedules import EDM
-from steindiff_jax.stein.divergence import Jacobian
+from steindiff_jax.stein.divergence import Divergence, Hutchinson, Jacobian
 
 
 class Previous(NamedTuple):
@@ -138,9 +139,10 @@ class PosteriorLength:
 
     The last step tells for free how far the solver's own length can be trusted: the evaluation
     that followed it gives delta anew, omega (D - D_previous) with omega the mean weight of the
-    exponential integral. With surprise = E|delta_previous - that|^2 / E|that|^2, at most 1,
+    exponential integral. The length is taken in full where that was missed by half or more, and
 
-        gamma = length ^ surprise.
+        gamma = length ^ min(1, surprise / surprise_max),
+        surprise = E|delta_previous - that|^2 / E|that|^2,  surprise_max = (1/2)^2.
 
     As steps shrink surprise = O(step^2), so a third-order solver stays one. This project's rule.
     """
@@ -148,9 +150,13 @@ class PosteriorLength:
     gamma_min: Numeric = 0.0
     gamma_max: Numeric = 8.0
     eigenvalue_max: Numeric = MODE_EIGENVALUE
+    surprise_max: Numeric = 0.25
 
     def __post_init__(self) -> None:
         check_clip(self.gamma_min, self.gamma_max)
+
+    def estimator(self, statistics: str) -> Divergence:
+        return Hutchinson(fraction=1 / 8 if statistics == "batch" else 1.0)
 
     def anchor(self, local: Local) -> Batch:
         return first_order(local)
@@ -179,12 +185,12 @@ class PosteriorLength:
         eigenvalue = divide(squared_norm, trace, self.eigenvalue_max)
         share = gaussian_share(jnp.minimum(eigenvalue, self.eigenvalue_max), sigma_next / sigma)
         length = jnp.sqrt(jnp.maximum(divide(share * trace, change, 1.0), tiny))
-        doubt = jnp.minimum(divide(surprise, confirmed, 1.0), 1.0)
+        doubt = jnp.minimum(divide(surprise, confirmed, 1.0) / self.surprise_max, 1.0)
         length = jnp.clip(length, self.gamma_min, self.gamma_max)
         return jnp.where(adds_nothing(change, energy), 1.0, jnp.maximum(length, tiny) ** doubt)
 
 
-def gaussian_share(eigenvalue: Array, q: Array) -> Array:
+def gaussian_share(eigenvalue: Array, q: Numeric) -> Array:
     """Phi = E|delta*|^2 / V of the exact step on Gaussian data, q = sigma_next / sigma.
 
     With D = l (x - mean) + mean the flow scales x - mean by r = sqrt(l + (1 - l) q^2), so that

@@ -1,0 +1,173 @@
+"""Every solver, plain and corrected, on the reported problems (about 25 minutes on two cores).
+
+Sliced-W2 to the law, over {Karras, log-SNR} grids, steps {3, 4, 5, 6, 8, 10, 16} and five seeds;
+ratios corrected / plain are geometric means, with 95% intervals over the seeds. The problems are
+`problems.REPORT`, which no rule was tuned on, and the digits network at guidance 1.5 and 6. Losses
+are printed first. Writes quality.csv, of every single run, beside this file.
+"""
+
+import argparse
+import csv
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import stats
+from tqdm import tqdm
+
+import metrics
+import problems
+import steindiff_jax as sd
+
+STEPS = (3, 4, 5, 6, 8, 10, 16)
+GRIDS = {"karras": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
+SOLVERS = {
+    "DDIM": sd.DDIM(),
+    "Heun": sd.Heun(),
+    "2M": sd.DPMpp2M(),
+    "3M": sd.DPMpp3M(),
+    "iPNDM-2": sd.IPNDM(2),
+    "iPNDM-3": sd.IPNDM(3),
+    "iPNDM-4": sd.IPNDM(4),
+}
+CORRECTIONS = {
+    "plain": lambda solver: solver,
+    "energy": lambda solver: sd.Stein(solver, sd.StepEnergy(), sd.Tweedie()),
+    "length": lambda solver: sd.Stein(solver, sd.PosteriorLength(), sd.Hutchinson(fraction=1 / 8)),
+}
+TARGETS = {"2M": 0.68, "3M": 0.35, "iPNDM-3": 0.85, "iPNDM-4": 0.85}
+
+
+def measure(problem: problems.Problem, n: int, steps: tuple[int, ...], seeds: int) -> dict:
+    """(solver, correction, grid, steps, seed) -> sliced-W2."""
+    distance = metrics.SlicedWasserstein(problem.law, n)
+    results = {}
+    for (s, solver), (c, correct) in itertools.product(SOLVERS.items(), CORRECTIONS.items()):
+        if s == "DDIM" and c != "plain":
+            continue  # a first-order step has nothing to correct
+        for (g, grid), k, seed in itertools.product(GRIDS.items(), steps, range(seeds)):
+            sigmas = jnp.pad(grid(k), (0, max(steps) - k))  # one program for all grids
+            solution = sd.sample(
+                jax.random.key(seed),
+                problem.denoiser,
+                (n, *problem.event),
+                sigmas=sigmas,
+                solver=correct(solver),
+            )
+            results[s, c, g, k, seed] = distance(solution.x)
+    return results
+
+
+class Results:
+    """(problem, solver, correction, grid, steps, seed) -> distance, and ratios of them."""
+
+    def __init__(self, results: dict) -> None:
+        self.results = results
+        self.problems = list(dict.fromkeys(k[0] for k in results))
+        self.seeds = sorted({k[-1] for k in results})
+
+    def ratio(self, correction: str, **where: str | int) -> tuple[float, float]:
+        """Geometric mean of corrected / plain, and the half-width of its interval over seeds."""
+        logs = {seed: [] for seed in self.seeds}
+        for key, value in self.results.items():
+            problem, solver, c, grid, steps, seed = key
+            names = {"problem": problem, "solver": solver, "grid": grid, "steps": steps}
+            if c == correction and all(names[k] == v for k, v in where.items()):
+                logs[seed].append(
+                    np.log(value / self.results[problem, solver, "plain", grid, steps, seed])
+                )
+        return interval([np.mean(v) for v in logs.values()])
+
+    def best_ratio(self, correction: str, problem: str | None = None) -> tuple[float, float]:
+        """The same of the best solver's distance, DDIM among both, per problem, grid and steps."""
+        best = {}
+        for (p, s, c, *rest), value in self.results.items():
+            if problem in (None, p):
+                for kind in ("plain", correction) if s == "DDIM" else (c,):
+                    best[kind, p, *rest] = min(value, best.get((kind, p, *rest), np.inf))
+        logs = {seed: [] for seed in self.seeds}
+        for (kind, *rest), value in best.items():
+            if kind == correction:
+                logs[rest[-1]].append(np.log(value / best["plain", *rest]))
+        return interval([np.mean(v) for v in logs.values()])
+
+    def mean(self, solver: str, correction: str, steps: int) -> float:
+        return metrics.geometric_mean(
+            [v for k, v in self.results.items() if k[1:3] == (solver, correction) and k[4] == steps]
+        )
+
+
+def interval(logs: list[float]) -> tuple[float, float]:
+    """Exp of the mean, and the half-width of its 95% interval (Student's t over the seeds)."""
+    mean = np.exp(np.mean(logs))
+    if len(logs) < 2:
+        return float(mean), float("nan")
+    half = stats.t.ppf(0.975, len(logs) - 1) * stats.sem(logs)
+    return float(mean), float(mean * half)
+
+
+def show(results: Results, correction: str) -> None:
+    corrected = [s for s in SOLVERS if s != "DDIM"]
+    cells = {
+        (p, s): results.ratio(correction, problem=p, solver=s)
+        for p, s in itertools.product(results.problems, corrected)
+    }
+    print(f"\n## {correction}\n\nlosses (ratio > 1 over all steps and grids):")
+    losses = sorted(((r, h, p, s) for (p, s), (r, h) in cells.items() if r > 1), reverse=True)
+    print("\n".join(f"  {p}, {s}: {r:.2f} +- {h:.2f}" for r, h, p, s in losses) or "  none")
+    print("\n| corrected / plain | " + " | ".join(corrected) + " | best of all |")
+    print("|---" * (len(corrected) + 2) + "|")
+    for p in results.problems:
+        row = [cells[p, s] for s in corrected] + [results.best_ratio(correction, p)]
+        print(f"| {p} | " + " | ".join(f"{r:.2f} ± {h:.2f}" for r, h in row) + " |")
+    row = [results.ratio(correction, solver=s) for s in corrected]
+    row.append(results.best_ratio(correction))
+    print("| **all** | " + " | ".join(f"**{r:.2f} ± {h:.2f}**" for r, h in row) + " |")
+    targets = [f"≤ {TARGETS.get(s, 1.0):.2f}" for s in corrected] + ["≤ 0.87"]
+    print("| target | " + " | ".join(targets) + " |")
+    steps = sorted({k[4] for k in results.results})
+    print("\n| corrected / plain | " + " | ".join(f"{k} steps" for k in steps) + " |")
+    print("|---" * (len(steps) + 1) + "|")
+    for s in corrected:
+        row = [results.ratio(correction, solver=s, steps=k)[0] for k in steps]
+        print(f"| {s} | " + " | ".join(f"{r:.2f}" for r in row) + " |")
+    print(
+        "\nevaluations that the plain solver needs for what the corrected one reaches at 5 steps:"
+    )
+    for s in corrected:
+        reached = results.mean(s, correction, 5) if 5 in steps else np.nan
+        enough = [k for k in steps if results.mean(s, "plain", k) <= reached]
+        print(f"  {s}: {f'{enough[0]} steps' if enough else f'more than {steps[-1]} steps'}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", nargs="*", default=[*problems.REPORT, *problems.GUIDED])
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--samples", type=int, default=500)
+    arguments = parser.parse_args()
+    jax.config.update("jax_enable_x64", True)
+    results = {}
+    for name in tqdm(arguments.problems):
+        if name in problems.GUIDED:  # a network costs more: fewer samples and step counts
+            n, steps = arguments.samples // 2, (4, 5, 6, 10)
+            with jax.enable_x64(False):
+                problem = problems.network(problems.GUIDED[name], n)
+                measured = measure(problem, n, steps, arguments.seeds)
+        else:
+            problem = problems.exact((problems.REPORT | problems.TUNE)[name]())
+            measured = measure(problem, arguments.samples, STEPS, arguments.seeds)
+        results |= {(name, *key): value for key, value in measured.items()}
+    with Path(__file__).with_suffix(".csv").open("w") as file:
+        writer = csv.writer(file)
+        writer.writerow(["problem", "solver", "correction", "grid", "steps", "seed", "distance"])
+        writer.writerows([*key, f"{value:.5f}"] for key, value in results.items())
+    for correction in CORRECTIONS:
+        if correction != "plain":
+            show(Results(results), correction)
+
+
+if __name__ == "__main__":
+    main()

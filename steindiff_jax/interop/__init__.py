@@ -1,0 +1,1 @@
+"""Other libraries; each module is imported by its own name and needs its library installed."""

@@ -1,0 +1,387 @@
+"""diffrax, both ways: its solvers Stein-corrected, and this library's solvers in `diffeqsolve`.
+
+The probability-flow ODE in the time t = -log sigma, half the log-SNR (Lu et al. 2022,
+arXiv:2206.00927), is dy/dt = D(y, sigma) - y. This time increases while sampling, so diffrax never
+negates it. sigma = 0 lies at t = infinity: a solve ends at the smallest positive sigma, and
+`to_data` makes the last step, to the denoiser's estimate.
+
+    sigmas = sd.karras_sigmas(8)
+    ts = times(sigmas[:-1])
+    solution = diffrax.diffeqsolve(
+        probability_flow(denoiser, sigmas), as_diffrax(sd.DPMpp2M()), ts[0], ts[-1], None, y0,
+        stepsize_controller=diffrax.StepTo(ts),
+    )
+    samples = to_data(solution, denoiser)
+
+`SteinCorrected(diffrax.Heun())` takes the place of any explicit solver there. It is `Stein` itself
+around one step of that solver, made a diffrax solver the same way as any other of this library.
+"""
+
+import dataclasses
+from typing import Any, ClassVar
+
+import diffrax
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.core import Tracer
+from jax.typing import ArrayLike
+
+from steindiff_jax._numerics import accurate, inner, sample_keys
+from steindiff_jax._typing import (
+    Batch,
+    Denoiser,
+    Key,
+    Numeric,
+    Rows,
+    Scalar,
+    Sigmas,
+    Solver,
+    State,
+    Step,
+    pytree,
+    static,
+)
+from steindiff_jax.grids import check_sigmas
+from steindiff_jax.solvers._step import ddim, take_step
+from steindiff_jax.stein import Exact, Stein
+from steindiff_jax.stein.divergence import Divergence
+
+
+@pytree
+class ProbabilityFlow:
+    """The vector field of `probability_flow`, (t, y, args) -> dy/dt; args are not used."""
+
+    denoiser: Denoiser
+    sigmas: Sigmas | None = None
+
+    def __call__(self, t: Numeric, y: Batch, args: Any) -> Batch:
+        del args
+        return self.denoiser(y, jnp.exp(-t)) - y
+
+
+def probability_flow(denoiser: Denoiser, sigmas: ArrayLike | None = None) -> diffrax.ODETerm:
+    """The probability-flow ODE dy/dt = D(y, sigma) - y in the increasing time t = -log sigma.
+
+    Args:
+      denoiser: (y, sigma) -> x0 estimate, with y = x0 + sigma * noise of shape (batch, *event).
+      sigmas: (steps + 1,) the grid, needed by multistep solvers (`as_diffrax`), whose weights
+        are computed from all of it; its last 0 counts as a step, as in `sample`. With a grid a
+        solver of this module steps along it and nowhere else.
+
+    ValueError for a grid that is not one.
+    """
+    grid = None if sigmas is None else accurate(check_sigmas(sigmas))
+    return diffrax.ODETerm(ProbabilityFlow(denoiser, grid))
+
+
+def times(sigmas: ArrayLike) -> Array:
+    """The times -log sigma of a grid without its last 0, such as `karras_sigmas(8)[:-1]`.
+
+    ValueError for a grid that is not one, or ends in 0 as far as its values are known.
+    """
+    grid = accurate(check_sigmas(sigmas))
+    if not isinstance(grid, Tracer) and grid[-1] == 0:
+        raise ValueError(f"sigma = 0 lies at t = infinity: pass sigmas[:-1], got sigmas={grid}")
+    return -jnp.log(grid)
+
+
+def to_data(solution: diffrax.Solution, denoiser: Denoiser) -> Batch:
+    """The step to sigma = 0 from the last saved state of a solve: D(y, sigma); (batch, *event).
+
+    One more evaluation, the one that `sample` makes on a grid that ends in 0. ValueError for a
+    solve that saved no state.
+    """
+    if solution.ts is None or solution.ys is None:
+        raise ValueError("the solve saved no state: its saveat needs t1=True, ts or steps")
+    last = jnp.isfinite(solution.ts).sum() - 1  # SaveAt(steps=True) pads with infinity
+    return denoiser(solution.ys[last], jnp.exp(-solution.ts[last]))
+
+
+@pytree
+class FromDiffrax:
+    """One step of an explicit Runge-Kutta method of diffrax in t = -log sigma, as a `Solver`.
+
+    It remembers nothing: methods that share an evaluation between steps (FSAL) make it anew, at the
+    state that was in fact reached. A step to sigma = 0 is first order, one evaluation.
+
+    solver: Euler, Heun, Midpoint, Ralston, Bosh3, Tsit5, Dopri5, Dopri8. ValueError for others.
+    """
+
+    solver: diffrax.AbstractSolver = static()
+
+    def __post_init__(self) -> None:
+        tableau = getattr(self.solver, "tableau", None)
+        explicit = isinstance(tableau, diffrax.ButcherTableau) and not tableau.implicit
+        if not (explicit or isinstance(self.solver, diffrax.Euler)):
+            raise ValueError(
+                "only explicit Runge-Kutta methods, such as diffrax.Heun(), make a step on their "
+                f"own that can be corrected, got {self.solver!r}"
+            )
+
+    @property
+    def stages(self) -> int:
+        tableau = getattr(self.solver, "tableau", None)
+        return 1 if tableau is None else tableau.num_stages
+
+    def init(self, x: Batch, sigmas: Sigmas) -> State:  # noqa: ARG002
+        return State(x)
+
+    def step(
+        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
+    ) -> tuple[State, Step]:
+        del key
+        x, x0 = state.x, denoiser(state.x, sigma)
+        # A step to 0, or one of no length (a solve that has ended, under vmap), is not made.
+        made = (sigma_next > 0) & (sigma_next < sigma)
+        end = jnp.where(made, sigma_next, sigma / 2)
+        t0, t1 = -jnp.log(sigma), -jnp.log(end)
+
+        def drift(t: Numeric, y: Batch, args: Any) -> Batch:
+            del args
+            # The method begins at (t0, x), where the denoiser has been evaluated already.
+            return lax.cond(t == t0, lambda: x0, lambda: denoiser(y, jnp.exp(-t))) - y
+
+        def beyond() -> Batch:
+            """What the method adds to D in x_next = q x + (1 - q)(D + delta)."""
+            term, method = diffrax.ODETerm(drift), self.solver
+            if hasattr(method, "scan_kind"):  # the default loop over stages has no forward mode
+                method = dataclasses.replace(method, scan_kind="bounded")
+            memory = method.init(term, t0, t1, x, None)
+            y1, *_ = method.step(term, t0, t1, x, None, memory, made_jump=False)
+            return (y1 - ddim(x, x0, sigma, end)) / -jnp.expm1(t0 - t1)
+
+        delta = lax.cond(made, beyond, lambda: jnp.zeros_like(x0))
+        nfe = jnp.where(made, self.stages, 1)
+        return take_step(x, x0, delta, sigma, sigma_next, nfe=nfe)
+
+
+class SigmaInterpolation(diffrax.AbstractLocalInterpolation):
+    """Quadratic in sigma through both ends of a step, with the slope of the ODE at its start.
+
+    That is the first-order path q y0 + (1 - q) x0, straight in sigma, and the rest of y1 in
+    proportion to (sigma0 - sigma)^2. Third order locally, as far as y1 is.
+    """
+
+    t0: Any
+    t1: Any
+    y0: Array
+    y1: Array
+    x0: Array
+
+    def evaluate(self, t0: Any, t1: Any = None, left: bool = True) -> Array:
+        if t1 is not None:
+            return self.evaluate(t1, left=left) - self.evaluate(t0, left=left)
+
+        def straight(t: Any) -> Array:
+            return self.x0 + jnp.exp(self.t0 - t) * (self.y0 - self.x0)
+
+        part = jnp.expm1(self.t0 - t0) / jnp.expm1(self.t0 - self.t1)
+        return straight(t0) + part**2 * (self.y1 - straight(self.t1))
+
+
+class AsDiffrax(diffrax.AbstractSolver):
+    """A solver of this library as a solver of diffrax; made by `as_diffrax`, `SteinCorrected`."""
+
+    solver: Solver
+    key: Key
+
+    term_structure: ClassVar = diffrax.ODETerm
+    interpolation_cls: ClassVar = SigmaInterpolation
+
+    def __init__(self, solver: Solver, key: Key | None = None) -> None:
+        if getattr(solver, "stochastic", False):
+            raise ValueError(f"only deterministic solvers solve an ODE, got {solver!r}")
+        self.solver = solver
+        self.key = jax.random.key(0) if key is None else key
+
+    def init(self, terms: Any, t0: Any, t1: Any, y0: Batch, args: Any) -> tuple:
+        del args
+        flow, sigma, sigma_next = _flow(terms, t0, t1)
+        grid = flow.sigmas
+        if grid is None:
+            grid = jnp.stack([sigma, sigma_next])
+            longer = jnp.stack([sigma, sigma_next, sigma_next])
+            if jax.eval_shape(self.solver.init, y0, grid) != jax.eval_shape(
+                self.solver.init, y0, longer
+            ):
+                raise ValueError(
+                    f"{self.solver!r} computes its weights from all of the grid: pass it as "
+                    "probability_flow(denoiser, sigmas)"
+                )
+        return self.solver.init(y0, grid.astype(sigma.dtype)).history, jnp.zeros((), jnp.int32)
+
+    def step(
+        self,
+        terms: Any,
+        t0: Any,
+        t1: Any,
+        y0: Batch,
+        args: Any,
+        solver_state: tuple,
+        made_jump: Any,
+    ) -> tuple:
+        del args, made_jump
+        history, index = solver_state
+        flow, sigma, sigma_next = _flow(terms, t0, t1)
+        if flow.sigmas is None:
+            sigma_next = eqx.error_if(
+                sigma_next, sigma_next > sigma, "sigma must decrease: solve from ts[0] to ts[-1]"
+            )
+        else:
+            grid = lax.dynamic_slice_in_dim(flow.sigmas.astype(sigma.dtype), index, 2)
+            here = jnp.stack([sigma, sigma_next])
+            sigma, sigma_next = eqx.error_if(
+                grid,
+                (jnp.abs(grid - here) > 1e-5 * grid).any(),
+                "the step is not one of the grid's: use StepTo(times(sigmas[:-1])), or leave the "
+                "grid out of probability_flow",
+            )
+        # As `sample` does it: one key draws the same probes.
+        key = jax.random.fold_in(jax.random.split(self.key)[1], index)
+        new, step = self.solver.step(key, flow.denoiser, State(y0, history), sigma, sigma_next)
+        dense = {"y0": y0, "y1": new.x, "x0": step.x0}
+        return new.x, None, dense, (new.history, index + 1), diffrax.RESULTS.successful
+
+    def func(self, terms: Any, t0: Any, y0: Batch, args: Any) -> Batch:
+        return terms.vf(t0, y0, args)
+
+
+def as_diffrax(solver: Solver, *, key: Key | None = None) -> AsDiffrax:
+    """A solver of this library for `diffrax.diffeqsolve`, with its history in the solver state.
+
+    The term must be a `probability_flow`, for a multistep solver one with its grid, and the steps
+    those of the grid: `StepTo(times(sigmas[:-1]))`. The states are those of `sample`.
+
+    Args:
+      solver: any deterministic one, `Stein(...)` too.
+      key: for the probes of `Hutchinson`: the one that was given to `sample`; default key(0).
+
+    Raises:
+      ValueError: a stochastic solver; in `diffeqsolve`, another term, or a solver that needs a grid
+        where there is none. RuntimeError from inside a solve for steps that leave the grid or
+        raise sigma, and, from diffrax, for an adaptive controller: there is no error estimate.
+    """
+    return AsDiffrax(solver, key)
+
+
+class SteinCorrected(AsDiffrax):
+    """The Stein correction of an explicit Runge-Kutta solver of diffrax, itself a diffrax solver.
+
+    The candidate is one step of `solver` in t = -log sigma. The rules see what it adds to the
+    first-order step, delta = (y1 - q y0) / (1 - q) - D, whatever the method; the first-order step
+    is exponential Euler (DDIM), so that Euler's method in t has a delta too, half a step times
+    D - y to leading order, and is damped towards DDIM.
+
+    The state y0 is a batch (batch, *event). Under `vmap` over solves of (1, *event) each, use
+    statistics="sample", or "batch" with the axis_name of the vmap.
+
+    Guaranteed of the corrected y1: no evaluation is carried over from the uncorrected one (FSAL
+    methods make it anew, at one evaluation more per step than on their own); dense output and
+    SaveAt(ts=...) are continuous and pass through every corrected state (`SigmaInterpolation`).
+    There is no error estimate, since the method's own is that of the candidate: an adaptive
+    controller is diffrax's RuntimeError. `diffrax.HalfSolver(SteinCorrected(...))` estimates the
+    corrected step's error by halving it, and may be used with one.
+
+    Args:
+      solver: Euler, Heun, Midpoint, Ralston, Bosh3, Tsit5, Dopri5, Dopri8.
+      key: for the probes of `Hutchinson`, one draw per step; default key(0).
+      **options: rule, divergence, statistics, axis_name, as in `Stein`.
+
+    Raises:
+      ValueError: any other solver, or what `Stein` refuses. RuntimeError as in `as_diffrax`.
+    """
+
+    def __init__(
+        self, solver: diffrax.AbstractSolver, *, key: Key | None = None, **options: Any
+    ) -> None:
+        super().__init__(Stein(FromDiffrax(solver), **options), key)
+
+    def order(self, terms: Any) -> int:
+        """2 at most: 1 - gamma is of the order of the step."""
+        return min(2, self.solver.inner.solver.order(terms))  # pyright: ignore
+
+
+def log_likelihood(
+    term: diffrax.ODETerm,
+    x: Batch,
+    *,
+    sigma_min: Numeric = 0.002,
+    sigma_max: Numeric = 80.0,
+    divergence: Divergence = Exact(),
+    key: Key | None = None,
+    solver: diffrax.AbstractSolver = diffrax.Tsit5(),
+    stepsize_controller: diffrax.AbstractStepSizeController = diffrax.PIDController(1e-5, 1e-5),
+    **options: Any,
+) -> Rows:
+    """Log-density of the probability flow at level sigma_min, in nats; (batch,).
+
+    The instantaneous change of variables along the flow to sigma_max, where the density is taken to
+    be N(0, sigma_max^2):
+
+        log p(x) = log N(y; 0, sigma_max^2) + int_sigma_min^sigma_max tr(1 - J) dsigma / sigma
+
+    (Chen et al. 2018, arXiv:1806.07366; Song et al. 2021, arXiv:2011.13456, section 4.3). For
+    data of second moment m per coordinate the end is wrong by about m / (2 sigma_max^2) per
+    coordinate. The density is that of data with noise of sigma_min; for one of the network's own
+    input alpha x subtract d log alpha.
+
+    Args:
+      term: from `probability_flow`; its grid is not used.
+      x: (batch, *event) at sigma_min.
+      sigma_min: level of the density.
+      sigma_max: level of the prior.
+      divergence: `Exact()`, or `Hutchinson(...)`, unbiased for the steps taken, with one draw of
+        probes for the whole solve.
+      key: for the probes; default key(0).
+      solver: any solver of diffrax for ODEs.
+      stepsize_controller: its controller.
+      **options: others of `diffrax.diffeqsolve`, such as dt0 or adjoint.
+
+    Raises:
+      ValueError: another term; `Tweedie`, which holds in the mean over samples only; probes of a
+        fraction of the batch.
+    """
+    flow, _, _ = _flow(term, 0.0, 0.0)
+    if getattr(divergence, "fraction", 1.0) < 1:
+        raise ValueError(f"every sample needs a divergence: fraction must be 1, got {divergence!r}")
+    keys = sample_keys(jax.random.key(0) if key is None else key, x.shape[0])
+
+    def drift(t: Numeric, state: tuple, args: Any) -> tuple:
+        del args
+        y, _ = state
+        x0, jacobian = divergence(keys, flow.denoiser, y, jnp.exp(-t))
+        if not jacobian.directional:
+            raise ValueError(
+                f"{divergence!r} holds in the mean over samples only: use Exact() or Hutchinson()"
+            )
+        return x0 - y, -jacobian.complement
+
+    x = accurate(x)
+    start, end = -jnp.log(jnp.asarray([sigma_min, sigma_max], x.dtype))
+    options.setdefault("dt0", None)
+    solution = diffrax.diffeqsolve(
+        diffrax.ODETerm(drift),
+        solver,
+        start,
+        end,
+        y0=(x, jnp.zeros(x.shape[:1], x.dtype)),
+        stepsize_controller=stepsize_controller,
+        **options,
+    )
+    y, gained = jax.tree.map(lambda saved: saved[-1], solution.ys)
+    noise = y / sigma_max
+    size = noise[0].size
+    prior = -inner(noise, noise) / 2 - size * (jnp.log(2 * jnp.pi) / 2 + jnp.log(sigma_max))
+    return prior + gained
+
+
+def _flow(terms: Any, t0: Any, t1: Any) -> tuple[ProbabilityFlow, Scalar, Scalar]:
+    """The vector field inside a term as diffrax hands it on, and the sigmas of a step."""
+    flow = getattr(getattr(terms, "term", terms), "vector_field", None)
+    if not isinstance(flow, ProbabilityFlow):
+        raise ValueError(f"the term must be probability_flow(denoiser), got {terms!r}")
+    # diffrax negates time where it decreases.
+    direction = getattr(terms, "direction", 1)
+    return flow, jnp.exp(-direction * jnp.asarray(t0)), jnp.exp(-direction * jnp.asarray(t1))

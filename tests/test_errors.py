@@ -1,0 +1,173 @@
+"""Bad input is a ValueError that names it; a network that fails on some samples is no error."""
+
+import warnings
+
+import jax
+import jax.numpy as jnp
+import jaxtyping
+import numpy as np
+import pytest
+from closed_forms import mixture, normal, run
+from jax import Array
+from numpy.testing import assert_allclose, assert_array_equal
+
+import steindiff_jax as sd
+
+KEY = jax.random.key(0)
+GRID = np.array([3.0, 1.5, 0.5, 0.0])
+
+
+@pytest.fixture(autouse=True)
+def _as_a_user_sees_it():
+    """Without the annotations' checks of conftest.py, which would come first."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+def draw(denoiser=None, shape=(4, 2), sigmas=GRID, **kwargs):
+    return sd.sample(KEY, denoiser or mixture(), shape, sigmas=sigmas, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("sigmas", "message"),
+    [
+        ([1.0, 2.0, 0.0], r"decrease strictly, got .*1\. *2\. *0"),
+        ([2.0, 2.0, 0.0], r"decrease strictly, got .*2\. *2\. *0"),
+        ([np.inf, 1.0, 0.0], r"finite, got .*inf.*t < 1"),
+        ([2.0, np.nan, 0.0], r"finite, got .*nan"),
+        ([2.0, 0.0, 1.0], r"decrease strictly, got .*2\. *0\. *1"),
+        ([2.0, 0.0, 1.0, 0.0], r"0 only at the end, got .*2\. *0\. *1\. *0"),
+        ([2.0, 1.0, -1.0], r"positive, 0 only at the end, got .*-1"),
+        ([0.0, 0.0], r"positive, 0 only at the end, got .*0"),
+        ([2.0], r"\(steps \+ 1,\) with steps >= 1, got \(1,\)"),
+        ([[2.0, 1.0]], r"\(steps \+ 1,\) with steps >= 1, got \(1, 2\)"),
+    ],
+)
+def test_sigmas(sigmas, message):
+    with pytest.raises(ValueError, match=message):
+        draw(sigmas=np.array(sigmas))
+
+
+def test_integer_sigmas():
+    with pytest.raises(ValueError, match="sigmas must be floating point, got int"):
+        draw(sigmas=np.array([3, 2, 1]))
+
+
+@pytest.mark.parametrize("grid", [sd.karras_sigmas, sd.log_snr_sigmas])
+@pytest.mark.parametrize("steps", [0, -3])
+def test_fewer_than_one_step(grid, steps):
+    with pytest.raises(ValueError, match=f"steps must be at least 1, got {steps}"):
+        grid(steps)
+
+
+BAD = {
+    "statistics": (lambda: sd.Stein(sd.DDIM(), statistics="mean"), "'batch' or 'sample'.*'mean'"),
+    "rule": (lambda: sd.Stein(sd.DDIM(), rule=sd.Tweedie()), r"rule must have.*Tweedie\(\)"),
+    "class of a rule": (lambda: sd.Stein(sd.DDIM(), sd.StepEnergy), "rule must have.*StepEnergy"),
+    "divergence": (lambda: sd.Stein(sd.DDIM(), divergence=3), "divergence must be .*got 3"),
+    "class of a divergence": (
+        lambda: sd.Stein(sd.DDIM(), divergence=sd.Exact),
+        "divergence must be .*Exact",
+    ),
+    "inner": (
+        lambda: sd.Stein(sd.StepEnergy()),
+        "inner solver must have init and step.*StepEnergy",
+    ),
+    "probes": (lambda: sd.Hutchinson(probes=0), "probes must be at least 1, got 0"),
+    "fraction 0": (lambda: sd.Hutchinson(fraction=0.0), r"fraction must be in \(0, 1\], got 0.0"),
+    "fraction 2": (lambda: sd.Hutchinson(fraction=2.0), r"fraction must be in \(0, 1\], got 2.0"),
+    "distribution": (
+        lambda: sd.Hutchinson(distribution="cauchy"),
+        "one of .*'rademacher', 'gaussian'.*got 'cauchy'",
+    ),
+    "fraction per sample": (
+        lambda: sd.Stein(sd.DDIM(), divergence=sd.Hutchinson(1, 0.5), statistics="sample"),
+        "fraction must be 1, got 0.5",
+    ),
+    "clip": (lambda: sd.StepEnergy(0.9, 0.1), "must not exceed gamma_max, got 0.9 > 0.1"),
+    "clip of the other rule": (lambda: sd.CleanTarget(2.0), "must not exceed .* got 2.0 > 1.0"),
+    "order": (lambda: sd.IPNDM(5), "order must be .*got 5"),
+    "prediction": (
+        lambda: sd.Network(abs, (), sd.EDM(), "noise"),
+        "prediction must be one of .*'epsilon'.*got 'noise'",
+    ),
+    "no shape": (lambda: draw(shape=None), r"shape \(batch, \*event\) or x_init is needed"),
+    "empty shape": (lambda: draw(shape=()), r"shape=\(\)"),
+    "integer start": (
+        lambda: draw(shape=None, x_init=np.arange(6).reshape(3, 2)),
+        "x_init must be floating point, got int",
+    ),
+    "shape of the start": (
+        lambda: draw(shape=(4, 2), x_init=np.zeros((4, 3))),
+        r"x_init must have shape \(4, 2\), got \(4, 3\)",
+    ),
+    "shape of the result": (
+        lambda: draw(lambda x, _: x[:, :1]),
+        r"must return shape \(4, 2\) .*got \(4, 1\)",
+    ),
+    "dtype of the result": (
+        lambda: draw(lambda x, _: x.astype(jnp.float32)),
+        "dtype float64 like its input, got .*float32",
+    ),
+    "two results": (lambda: draw(lambda x, _: (x, x)), r"must return shape \(4, 2\)"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, message = BAD[name]
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+def test_bad_input_inside_jit():
+    """The same error, at trace time."""
+    with pytest.raises(ValueError, match=r"got \(4, 1\)"):
+        jax.jit(lambda: draw(lambda x, _: x[:, :1]))()
+
+
+# --- Samples that are not finite -----------------------------------------------------------------
+
+
+def failing(x: Array, sigma: Array) -> Array:
+    """A network that returns NaN for what starts beyond 100, as a broken one does."""
+    x0 = mixture()(x, sigma)
+    return jnp.where(jnp.abs(x).max(axis=1, keepdims=True) > 100, jnp.nan, x0)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e6])
+@pytest.mark.parametrize(
+    "solver",
+    [
+        sd.DPMpp2M(),
+        sd.Stein(sd.DPMpp2M()),
+        sd.Stein(sd.DPMpp2M(), divergence=sd.Exact()),
+        sd.Stein(sd.DPMpp2M(), sd.CleanTarget(), statistics="sample"),
+    ],
+    ids=["plain", "batch", "batch, exact", "per sample"],
+)
+def test_non_finite_samples_are_marked_and_leave_the_others_alone(solver, value):
+    good = normal(4, 2, scale=3.0)
+    bad = jnp.insert(good, 2, value, axis=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        solution = run(failing, GRID, solver, bad)
+        alone = run(failing, GRID, solver, good)
+    others = np.array([0, 1, 3, 4])
+    assert alone.info.finite.all()
+    assert_array_equal(solution.info.finite[:, others], True)
+    assert_array_equal(solution.info.finite[:, 2], False)
+    assert_allclose(solution.x[others], alone.x, rtol=1e-12)
+    if isinstance(solver, sd.Stein):
+        kept = solution.info.gamma
+        kept = kept[:, others] if solver.statistics == "sample" else kept
+        assert_allclose(kept, alone.info.gamma, rtol=1e-12)
+
+
+def test_a_batch_that_fails_altogether_still_returns():
+    solution = run(
+        lambda x, _: jnp.full_like(x, jnp.nan), GRID, sd.Stein(sd.DPMpp2M()), normal(3, 2)
+    )
+    assert not solution.info.finite.any()
+    assert solution.x.shape == (3, 2)

@@ -1,0 +1,262 @@
+"""`sample` as a pure function: what traces again, and jit, vmap, grad and scan around it."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from closed_forms import Mixture, mixture, normal
+from flax import linen as nn
+from jax import Array
+from numpy.testing import assert_allclose, assert_array_equal
+
+import steindiff_jax as sd
+
+KEY = jax.random.key(0)
+GRID = sd.karras_sigmas(4, sigma_min=0.1, sigma_max=10.0)
+TRACES = []
+
+
+@sd.pytree
+class Counted:
+    """A mixture that notes when Python runs through it, that is when it is traced."""
+
+    means: Any
+    std: Any = 0.5
+
+    def __call__(self, x: Array, sigma: Array) -> Array:
+        TRACES.append(None)
+        return Mixture(self.means, self.std)(x, sigma)
+
+
+def traces(call):
+    """The number of times that `call` runs a `Counted` denoiser in Python."""
+    before = len(TRACES)
+    jax.block_until_ready(call())
+    return len(TRACES) - before
+
+
+def draw(denoiser, solver, key=KEY, sigmas=GRID, **kwargs):
+    shape = None if "x_init" in kwargs else (6, 2)
+    return sd.sample(key, denoiser, shape, sigmas=sigmas, solver=solver, **kwargs)
+
+
+# --- Tracing -------------------------------------------------------------------------------------
+
+
+def stein(gamma_max=1.0, curvature=0.5):
+    return sd.Stein(
+        sd.DPMpp3M(curvature), sd.StepEnergy(gamma_max=gamma_max), sd.Hutchinson(fraction=0.5)
+    )
+
+
+def test_traces_once():
+    """Another key, grid, float in the solver or array in the denoiser runs the same program."""
+    means = normal(5, 2)
+    assert traces(lambda: draw(Counted(means), stein())) > 0
+    same_program = {
+        "key": lambda: draw(Counted(means), stein(), key=jax.random.key(1)),
+        "grid": lambda: draw(Counted(means), stein(), sigmas=sd.log_snr_sigmas(4)),
+        "numpy grid": lambda: draw(Counted(means), stein(), sigmas=np.array([9.0, 3, 2, 1, 0])),
+        "float of the rule": lambda: draw(Counted(means), stein(gamma_max=0.9)),
+        "float of the inner solver": lambda: draw(Counted(means), stein(curvature=1.0)),
+        "weights": lambda: draw(Counted(means + 1), stein()),
+        "float of the denoiser": lambda: draw(Counted(means, 0.3), stein()),
+        "all of it again": lambda: draw(Counted(means), stein()),
+    }
+    for changed, call in same_program.items():
+        assert traces(call) == 0, changed
+
+
+def test_traces_anew():
+    """Whatever is part of the program: shapes, static fields, the classes themselves."""
+    means = normal(5, 2)
+    draw(Counted(means), sd.DPMpp2M())
+    other_programs = {
+        "steps": lambda: draw(Counted(means), sd.DPMpp2M(), sigmas=sd.karras_sigmas(5)),
+        "batch": lambda: sd.sample(KEY, Counted(means), (7, 2), sigmas=GRID, solver=sd.DPMpp2M()),
+        "order": lambda: draw(Counted(means), sd.IPNDM(2)),
+        "another order": lambda: draw(Counted(means), sd.IPNDM(3)),
+        "statistics": lambda: draw(Counted(means), sd.Stein(sd.DPMpp2M(), statistics="sample")),
+    }
+    for changed, call in other_programs.items():
+        assert traces(call) > 0, changed
+
+
+@sd.pytree
+class Forwards:
+    scale: float = 1.0
+
+    def init(self, x, sigmas):  # noqa: ARG002
+        return sd.State(x)
+
+    def step(self, key, denoiser, state, sigma, sigma_next):  # noqa: ARG002
+        x0 = denoiser(state.x, sigma)
+        return sd.State(state.x + self.scale), sd.Step(x0, x0)
+
+
+@sd.pytree
+class Backwards(Forwards):
+    def step(self, key, denoiser, state, sigma, sigma_next):  # noqa: ARG002
+        x0 = denoiser(state.x, sigma)
+        return sd.State(state.x - self.scale), sd.Step(x0, x0)
+
+
+def test_classes_with_equal_fields_are_told_apart():
+    """`jax.tree_util.register_dataclass` takes one for the other: their structures are equal."""
+    x = normal(6, 2)
+    ends = [draw(mixture(), solver(), x_init=x).x for solver in (Forwards, Backwards)]
+    assert_allclose(ends[0], x + 4, rtol=1e-12)
+    assert_allclose(ends[1], x - 4, rtol=1e-12)
+    # the same for two with no fields at all
+    euler, heun = (draw(mixture(), solver(), x_init=x) for solver in (sd.DDIM, sd.Heun))
+    assert np.abs(euler.x - heun.x).max() > 1e-3
+
+
+INSTANCES = [
+    sd.DDIM(),
+    sd.Heun(),
+    sd.DPMpp2M(),
+    sd.DPMpp3M(0.7),
+    sd.IPNDM(3, denoise_last=False),
+    sd.Stein(sd.IPNDM(2), sd.CleanTarget(0.1, 0.9, sd.VPCosine()), sd.Exact(), "sample"),
+    sd.Stein(sd.DPMpp2M(), divergence=sd.Hutchinson(2, 0.5, "gaussian"), axis_name="i"),
+    sd.EDM(),
+    sd.VPLinear(0.2, 10.0),
+    sd.RectifiedFlow(),
+    sd.Discrete(np.linspace(1e-4, 0.02, 10)),
+    sd.from_linen(nn.Dense(2), {}, schedule=sd.EDM(), prediction="x0", cond={"y": np.ones(3)}),
+]
+
+
+@pytest.mark.parametrize("instance", INSTANCES, ids=lambda i: type(i).__name__)
+def test_pytree_round_trip(instance):
+    leaves, structure = jax.tree.flatten(instance)
+    again = jax.tree.unflatten(structure, leaves)
+    assert type(again) is type(instance)
+    assert repr(again) == repr(instance)
+    assert jax.tree.structure(again) == structure
+    assert hash(jax.tree.structure(again)) == hash(structure)
+    doubled = jax.tree.map(lambda leaf: 2 * leaf, instance)  # floats are leaves, choices are not
+    for two, one in zip(jax.tree.leaves(doubled), leaves, strict=True):
+        assert_array_equal(two, 2 * np.asarray(one))
+    paths = [
+        jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(instance)
+    ]
+    assert len(set(paths)) == len(leaves)
+    assert all(path.startswith(".") for path in paths)
+
+
+# --- Transformations -----------------------------------------------------------------------------
+
+SOLVERS = {
+    "2M": sd.DPMpp2M(),
+    "3M": sd.DPMpp3M(),
+    "Heun": sd.Heun(),
+    "IPNDM": sd.IPNDM(3),
+    "Stein 2M": sd.Stein(sd.DPMpp2M()),
+    "Stein 2M per sample": sd.Stein(sd.DPMpp2M(), statistics="sample"),
+    "Stein Heun, clean target": sd.Stein(sd.Heun(), sd.CleanTarget(), sd.Exact()),
+    "Stein IPNDM, probes": sd.Stein(sd.IPNDM(3), divergence=sd.Hutchinson(2)),
+}
+
+
+@pytest.mark.parametrize("name", ["Stein 2M", "Stein IPNDM, probes"])
+def test_inside_jit_vmap_and_scan(name):
+    """All of it gives what a loop of eager calls gives."""
+    denoiser, solver = mixture(), SOLVERS[name]
+    keys = jax.random.split(KEY, 3)
+    loop = jnp.stack([draw(denoiser, solver, key).x for key in keys])
+
+    def one(key):
+        return draw(denoiser, solver, key).x
+
+    assert_allclose(jax.jit(one)(keys[0]), loop[0], rtol=1e-12)
+    assert_allclose(jax.jit(jax.vmap(one))(keys), loop, rtol=1e-9, atol=1e-12)
+    scanned = jax.lax.scan(lambda carry, key: (carry, one(key)), None, keys)[1]
+    assert_allclose(scanned, loop, rtol=1e-9, atol=1e-12)
+
+
+def test_vmap_over_floats_grids_and_weights():
+    def one(curvature, gamma_max, sigmas, means):
+        solver = sd.Stein(sd.DPMpp3M(curvature), sd.StepEnergy(gamma_max=gamma_max))
+        return draw(Mixture(means, 0.5), solver, sigmas=sigmas).x
+
+    arguments = (
+        jnp.array([0.5, 1.0]),
+        jnp.array([1.0, 0.8]),
+        jnp.stack([GRID, sd.log_snr_sigmas(4)]),
+        normal(2, 5, 2),
+    )
+    loop = jnp.stack([one(*(a[i] for a in arguments)) for i in range(2)])
+    assert_allclose(jax.vmap(one)(*arguments), loop, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_gradients(name):
+    """With respect to weights, sigmas and x_init, through the step to sigma = 0."""
+
+    def loss(arguments):
+        means, sigmas, x = arguments
+        sigmas = jnp.append(sigmas, 0.0)
+        denoiser = Mixture(means, 0.5)
+        return jnp.sin(draw(denoiser, SOLVERS[name], sigmas=sigmas, x_init=x).x).sum()
+
+    arguments = normal(3, 2), jnp.array([5.0, 3.1, 1.4, 0.6]), normal(4, 2, seed=1, scale=5.0)
+    gradient = jax.jit(jax.grad(loss))(arguments)
+    for part in gradient:
+        assert np.isfinite(part).all()
+        assert np.abs(part).max() > 1e-6
+    value = jax.jit(loss)
+    for seed in range(3):  # along random directions, central differences
+        rng = np.random.default_rng(seed)
+        direction = [jnp.asarray(rng.standard_normal(a.shape)) for a in arguments]
+        step = 1e-5
+        up, down = (
+            value(tuple(a + sign * step * v for a, v in zip(arguments, direction, strict=True)))
+            for sign in (1, -1)
+        )
+        slope = sum(jnp.vdot(g, v) for g, v in zip(gradient, direction, strict=True))
+        assert_allclose(slope, (up - down) / (2 * step), rtol=1e-5, atol=1e-7)
+
+
+def test_gradient_with_respect_to_the_solver_s_floats():
+    def loss(curvature):
+        return jnp.square(draw(mixture(), sd.DPMpp3M(curvature)).x).sum()
+
+    slope = (loss(0.5 + 1e-5) - loss(0.5 - 1e-5)) / 2e-5
+    assert_allclose(jax.grad(loss)(0.5), slope, rtol=1e-6)
+
+
+def test_noise_is_that_of_the_sample_alone():
+    """Sample i of a batch starts from noise of its own index, however large the batch is."""
+    small, large = (
+        sd.sample(KEY, mixture(), (n, 2), sigmas=GRID, solver=sd.Heun()).x for n in (3, 6)
+    )
+    assert_allclose(small, large[:3], rtol=1e-10)
+
+
+def test_the_start_is_noise_at_the_first_sigma():
+    def start(state, _):
+        return state.x
+
+    @sd.pytree
+    class Stay(Forwards):
+        def step(self, key, denoiser, state, sigma, sigma_next):  # noqa: ARG002
+            return state, sd.Step(state.x, state.x)
+
+    x = sd.sample(KEY, mixture(), (4000, 2), sigmas=GRID, solver=Stay(), record=start).record[0]
+    error = np.sqrt(2 / x.size)
+    assert abs(np.square(x / GRID[0]).mean() - 1) < 4 * error
+    assert abs((x / GRID[0]).mean()) < 4 / np.sqrt(x.size)
+
+
+def test_record_sees_every_step():
+    solution = draw(mixture(), sd.Heun(), record=lambda state, step: (state.x, step.x0, step.nfe))
+    x, x0, nfe = solution.record
+    assert x.shape == x0.shape == (4, 6, 2)
+    assert_array_equal(x[-1], solution.x)
+    assert_allclose(x0[1], mixture()(x[0], GRID[1]), rtol=1e-12)
+    assert_array_equal(nfe, [2, 2, 2, 1])
+    assert solution.info.nfe == 7
