@@ -38,3 +38,9 @@ def _sliced(x: Array, directions: Array, quantiles: Array, variance: Array) -> A
 
 def geometric_mean(values) -> float:
     return float(np.exp(np.mean(np.log(values))))
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """In markdown."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

@@ -25,7 +25,7 @@ from steindiff_jax._typing import (
     static,
 )
 from steindiff_jax.stein.divergence import Divergence, Tweedie
-from steindiff_jax.stein.rules import Local, Previous, Rule, StepEnergy
+from steindiff_jax.stein.rules import Local, PosteriorLength, Previous, Rule
 
 
 @pytree
@@ -43,7 +43,7 @@ class Stein:
     """
 
     inner: Solver
-    rule: Rule = StepEnergy()
+    rule: Rule = PosteriorLength()
     divergence: Divergence = None  # pyright: ignore[reportAssignmentType]  # the rule's choice
     statistics: str = static(default="batch")
     axis_name: str | None = static(default=None)
