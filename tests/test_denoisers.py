@@ -241,9 +241,9 @@ def test_training_mode_is_refused(linen, module):
         sd.from_linen(*linen, **FLOW, train=True),
         sd.from_nnx(module, **FLOW, train=True),
     ):
-        with pytest.raises(ValueError, match="runs in training mode.*train=False"):
+        with pytest.raises(ValueError, match=r"runs in training mode.*train=False"):
             denoiser(X, jnp.asarray(1.0))
-        with pytest.raises(ValueError, match="runs in training mode.*train=False"):
+        with pytest.raises(ValueError, match=r"runs in training mode.*train=False"):
             sd.sample(jax.random.key(0), denoiser, (6, 2), sigmas=grid)
     assert np.isfinite(sd.from_linen(*linen, **FLOW, train=False)(X, jnp.asarray(1.0))).all()
 
@@ -261,7 +261,7 @@ def test_cond_needs_a_row_per_sample(linen, wrong):
         denoiser(X, jnp.asarray(1.0))
 
 
-def test_adapters_rebuilt_do_not_trace_again(linen, module):
+def test_adapters_rebuilt_do_not_trace_again(linen):
     """New weights, labels and numbers are data, even in an adapter made anew."""
     traces = []
 

@@ -143,7 +143,7 @@ def test_a_multistep_step_exceeds_the_certificate_by_its_history(statistics):
 
 
 def test_the_trap_by_brute_force():
-    """Half-way between two sharp modes L_D = (a / sigma)^2 or so, above 1; nearer to one it is not."""
+    """Half-way between two sharp modes L_D = (a / sigma)^2 or so, above 1; nearer to one, not."""
     sigma, means = 0.3, jnp.array([[0.8, 0.0], [-0.8, 0.0]])
     denoiser, x = Mixture(means, 0.05), jnp.array([[0.01, 0.02], [0.2, 0.1], [-0.25, 0.0]])
     found = profile(sd.Heun(), denoiser, x, np.array([sigma, 0.2]))

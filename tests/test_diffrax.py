@@ -1,4 +1,6 @@
-"""diffrax, both ways: parity with `sample`, with diffrax alone and with numpy; gradients; errors."""
+"""Diffrax, both ways: parity with `sample`, diffrax alone and numpy; gradients; errors."""
+
+from itertools import pairwise
 
 import diffrax
 import jax
@@ -117,7 +119,7 @@ class TestSteinCorrected:
         solution = solve(corrected, y0, saveat=diffrax.SaveAt(steps=True), max_steps=5)
         y, ts, gammas = np.asarray(y0), -np.log(SIGMAS[:-1]), []
         candidate = runge_kutta(method, lambda y, sigma: np.asarray(data(jnp.asarray(y), sigma)))
-        for i, (t0, t1) in enumerate(zip(ts[:-1], ts[1:], strict=True)):
+        for i, (t0, t1) in enumerate(pairwise(ts)):
             sigma, q = np.exp(-t0), np.exp(t0 - t1)
             x0 = np.asarray(data(jnp.asarray(y), sigma))
             anchor, proposal = q * y + (1 - q) * x0, candidate(y, t0, t1)
@@ -141,7 +143,7 @@ class TestSteinCorrected:
 
     @pytest.mark.parametrize("method", [diffrax.Heun(), diffrax.Dopri5()], ids=name)
     def test_uncorrected_it_is_diffrax(self, method):
-        """gamma = 1 on both sides: no correction, or none allowed; in `sample` as well."""
+        """Uncorrected on both sides: no correction, or none allowed; in `sample` as well."""
         y0 = normal(8, 2, seed=4, scale=20.0)
         expected = to_data(solve(method, y0), mixture())
         rule = sd.StepEnergy(gamma_min=1.0)
@@ -160,7 +162,7 @@ class TestSteinCorrected:
         )
         term = probability_flow(data)
         state = solver.init(term, t0, t1, y, None)
-        y1, *_ = jax.jit(solver.step, static_argnums=(6,))(term, t0, t1, y, None, state, False)
+        y1 = jax.jit(lambda y: solver.step(term, t0, t1, y, None, state, False)[0])(y)
         step = runge_kutta(diffrax.Heun(), data)
         jacobian = jax.vmap(jax.jacfwd(lambda row: step(row[None], t0, t1)[0]))(y)
         u = y - step(y, t0, t1)
@@ -207,18 +209,21 @@ class TestSteinCorrected:
 
     def test_dense_output_is_third_order(self):
         """Locally, between exact states."""
-        data, y0 = gaussian(), np.asarray(normal(4, 3, seed=8, scale=3.0))
+        data, y0 = gaussian(), normal(4, 3, seed=8, scale=3.0)
         steps, errors = np.array([0.4, 0.2, 0.1, 0.05]), []
         for h in steps:
-            at = [data.flow(y0, 2.0, 2.0 * np.exp(-part * h)) for part in (1.0, 0.5)]
-            path = SigmaInterpolation(
-                t0=-np.log(2.0), t1=h - np.log(2.0), y0=y0, y1=at[0], x0=data(jnp.asarray(y0), 2.0)
+            middle, end = (
+                jnp.asarray(data.flow(np.asarray(y0), 2.0, 2.0 * np.exp(-part * h)))
+                for part in (0.5, 1.0)
             )
-            errors.append(np.abs(path.evaluate(h / 2 - np.log(2.0)) - at[1]).max())
+            path = SigmaInterpolation(
+                t0=-np.log(2.0), t1=h - np.log(2.0), y0=y0, y1=end, x0=data(y0, 2.0)
+            )
+            errors.append(np.abs(path.evaluate(h / 2 - np.log(2.0)) - middle).max())
         assert abs(np.polyfit(np.log(steps), np.log(errors), 1)[0] - 3) < 0.2
 
     def test_adaptive_steps_need_an_error_of_their_own(self):
-        """Refused alone; with HalfSolver the error follows the tolerance."""
+        """Refused alone; with HalfSolver the error is of second order in the steps accepted."""
         data, y0 = gaussian(), normal(4, 3, seed=9, scale=20.0)
         exact = data.flow(np.asarray(y0), SIGMAS[0], SIGMAS[-2])
         corrected = SteinCorrected(diffrax.Heun())
@@ -233,8 +238,8 @@ class TestSteinCorrected:
         (coarse, few), (fine, many) = (
             error(diffrax.HalfSolver(corrected), t) for t in (1e-3, 1e-6)
         )
-        assert fine < 1e-5 < coarse < 1e-2
-        assert many > few
+        assert fine < 1e-4
+        assert abs(np.log(coarse / fine) / np.log(many / few) - 2) < 0.2
 
 
 class TestGradients:
@@ -257,18 +262,19 @@ class TestGradients:
         ids=["SteinCorrected", "as_diffrax"],
     )
     def test_adjoints_agree_with_finite_differences(self, solver):
-        values = jax.jit(lambda s: self.loss(solver, s, diffrax.DirectAdjoint()))
-        h = 1e-4
-        difference = (8 * (values(h) - values(-h)) - values(2 * h) + values(-2 * h)) / (12 * h)
+        def derivative(transform, adjoint):
+            return jax.jit(transform(lambda shift: self.loss(solver, shift, adjoint)))
+
+        both = derivative(jax.value_and_grad, diffrax.RecursiveCheckpointAdjoint())
+        (below, _), (_, gradient), (above, _) = (both(shift) for shift in (-1e-5, 0.0, 1e-5))
+        difference = (above - below) / 2e-5
         found = [
-            jax.jit(jax.grad(lambda s: self.loss(solver, s, diffrax.RecursiveCheckpointAdjoint())))(
-                0.0
-            ),
-            jax.jit(jax.grad(lambda s: self.loss(solver, s, diffrax.DirectAdjoint())))(0.0),
-            jax.jit(jax.jacfwd(lambda s: self.loss(solver, s, diffrax.ForwardMode())))(0.0),
+            gradient,
+            derivative(jax.grad, diffrax.DirectAdjoint())(0.0),
+            derivative(jax.jacfwd, diffrax.ForwardMode())(0.0),
         ]
         assert abs(difference) > 0.1
-        np.testing.assert_allclose(found, difference, rtol=1e-8)
+        np.testing.assert_allclose(found, difference, rtol=1e-7)
         np.testing.assert_allclose(found, found[0], rtol=1e-11)
 
 
@@ -285,7 +291,7 @@ class TestErrors:
     def test_term(self):
         with pytest.raises(ValueError, match="must be probability_flow"):
             diffrax.diffeqsolve(
-                diffrax.ODETerm(lambda t, y, args: -y),
+                diffrax.ODETerm(lambda t, y, _: -t * y),
                 as_diffrax(sd.DDIM()),
                 0,
                 1,
@@ -312,7 +318,7 @@ class TestErrors:
             )
 
     def test_rising_sigma(self):
-        """diffrax negates time; the sigmas are still the true ones."""
+        """Time is negated by diffrax; the sigmas are still the true ones."""
         ts = times(SIGMAS[:-1])
         with pytest.raises(RuntimeError, match="sigma must decrease"):
             diffrax.diffeqsolve(

@@ -141,7 +141,7 @@ def failing(x: Array, sigma: Array) -> Array:
     "solver",
     [
         sd.DPMpp2M(),
-        sd.Stein(sd.DPMpp2M()),
+        sd.Stein(sd.DPMpp2M(), sd.StepEnergy()),
         sd.Stein(sd.DPMpp2M(), divergence=sd.Exact()),
         sd.Stein(sd.DPMpp2M(), sd.CleanTarget(), statistics="sample"),
     ],

@@ -339,8 +339,11 @@ def test_unclipped_clean_target_collapses_to_the_posterior_mean():
     assert_array_equal(clipped.x, run(denoiser, [3.0, 2.4], sd.DDIM(), start).x)
 
 
-@pytest.mark.parametrize("rule", [sd.StepEnergy(), sd.CleanTarget(0.1, 0.9)], ids=type)
-@pytest.mark.parametrize("divergence", [sd.Tweedie(), sd.Exact()], ids=type)
+@pytest.mark.parametrize(
+    ("rule", "divergence"),
+    [(sd.StepEnergy(), sd.Tweedie()), (sd.CleanTarget(0.1, 0.9), sd.Exact())],
+    ids=type,
+)
 def test_sample_statistics_are_batch_statistics_of_batches_of_one(rule, divergence):
     denoiser, grid, start = mixture(), sd.karras_sigmas(5), normal(4, 2, scale=80.0)
     together = run(denoiser, grid, sd.Stein(sd.DPMpp3M(), rule, divergence, "sample"), start)
@@ -355,14 +358,14 @@ def test_sample_statistics_are_batch_statistics_of_batches_of_one(rule, divergen
 def test_batch_statistics_over_a_mapped_axis():
     """Two halves of a batch on an axis share one coefficient, that of the whole batch."""
     denoiser, grid, start = mixture(), sd.karras_sigmas(5), normal(8, 2, scale=80.0)
-    for divergence in (sd.Tweedie(), sd.Hutchinson(2)):
-        whole = run(denoiser, grid, sd.Stein(sd.DPMpp2M(), divergence=divergence), start)
-        stein = sd.Stein(sd.DPMpp2M(), divergence=divergence, axis_name="devices")
-        halves = jax.vmap(lambda x, s=stein: run(denoiser, grid, s, x), axis_name="devices")(
-            start.reshape(2, 4, 2)
-        )
-        assert_allclose(halves.info.gamma, jnp.stack([whole.info.gamma] * 2), rtol=1e-10)
-        assert_allclose(halves.x.reshape(8, 2), whole.x, rtol=1e-9, atol=1e-12)
+    probes = sd.Hutchinson(2)
+    whole = run(denoiser, grid, sd.Stein(sd.DPMpp2M(), divergence=probes), start)
+    stein = sd.Stein(sd.DPMpp2M(), divergence=probes, axis_name="devices")
+    halves = jax.vmap(lambda x: run(denoiser, grid, stein, x), axis_name="devices")(
+        start.reshape(2, 4, 2)
+    )
+    assert_allclose(halves.info.gamma, jnp.stack([whole.info.gamma] * 2), rtol=1e-10)
+    assert_allclose(halves.x.reshape(8, 2), whole.x, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("value", [0.0, 0.3, 1.0])
@@ -380,13 +383,15 @@ def test_a_rule_of_the_user(value):
 def test_the_correction_is_a_solver():
     """Of a corrected step whose coefficient is 1, another correction finds nothing to correct."""
     denoiser, grid, start = mixture(), sd.karras_sigmas(5), normal(6, 2, scale=80.0)
-    nested = run(denoiser, grid, sd.Stein(sd.Stein(sd.DPMpp2M(), Fixed(1.0))), start)
-    single = run(denoiser, grid, sd.Stein(sd.DPMpp2M()), start)
+    nested = run(
+        denoiser, grid, sd.Stein(sd.Stein(sd.DPMpp2M(), Fixed(1.0)), sd.StepEnergy()), start
+    )
+    single = run(denoiser, grid, sd.Stein(sd.DPMpp2M(), sd.StepEnergy()), start)
     assert_allclose(nested.x, single.x, rtol=1e-12)
     assert_allclose(nested.info.gamma, single.info.gamma, rtol=1e-12)
 
 
-SOLVERS = [sd.DDIM(), sd.Heun(), Midpoint(), sd.DPMpp2M(), sd.DPMpp3M(), sd.IPNDM(3)]
+SOLVERS = [sd.Heun(), Midpoint(), sd.DPMpp2M(), sd.IPNDM(3)]
 
 
 @pytest.mark.parametrize("solver", SOLVERS, ids=type)
@@ -400,7 +405,7 @@ def test_the_free_correction_evaluates_the_network_no_more_often(solver):
         return inner(x, sigma)
 
     grid = [3.0, 2.0, 1.0, 0.5] if isinstance(solver, Midpoint) else [3.0, 2.0, 1.0, 0.0]
-    for kind in (solver, sd.Stein(solver), sd.Stein(solver, statistics="sample")):
+    for kind in (solver, sd.Stein(solver, sd.StepEnergy())):
         evaluations.clear()
         solution = jax.block_until_ready(run(counted, grid, kind, normal(6, 2, scale=3.0)))
         jax.effects_barrier()

@@ -185,7 +185,8 @@ class AsDiffrax(diffrax.AbstractSolver):
     """A solver of this library as a solver of diffrax; made by `as_diffrax`, `SteinCorrected`."""
 
     solver: Solver
-    key: Key
+    key_data: Array
+    key_impl: Any = eqx.field(static=True)
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar = SigmaInterpolation
@@ -194,7 +195,9 @@ class AsDiffrax(diffrax.AbstractSolver):
         if getattr(solver, "stochastic", False):
             raise ValueError(f"only deterministic solvers solve an ODE, got {solver!r}")
         self.solver = solver
-        self.key = jax.random.key(0) if key is None else key
+        # Plain numbers: in reverse mode, DirectAdjoint's loop cannot carry a typed key.
+        key = jax.random.key(0) if key is None else key
+        self.key_data, self.key_impl = jax.random.key_data(key), jax.random.key_impl(key)
 
     def init(self, terms: Any, t0: Any, t1: Any, y0: Batch, args: Any) -> tuple:
         del args
@@ -239,7 +242,8 @@ class AsDiffrax(diffrax.AbstractSolver):
                 "grid out of probability_flow",
             )
         # As `sample` does it: one key draws the same probes.
-        key = jax.random.fold_in(jax.random.split(self.key)[1], index)
+        key = jax.random.wrap_key_data(self.key_data, impl=self.key_impl)
+        key = jax.random.fold_in(jax.random.split(key)[1], index)
         new, step = self.solver.step(key, flow.denoiser, State(y0, history), sigma, sigma_next)
         dense = {"y0": y0, "y1": new.x, "x0": step.x0}
         return new.x, None, dense, (new.history, index + 1), diffrax.RESULTS.successful
@@ -322,10 +326,9 @@ def log_likelihood(
 
         log p(x) = log N(y; 0, sigma_max^2) + int_sigma_min^sigma_max tr(1 - J) dsigma / sigma
 
-    (Chen et al. 2018, arXiv:1806.07366; Song et al. 2021, arXiv:2011.13456, section 4.3). For
-    data of second moment m per coordinate the end is wrong by about m / (2 sigma_max^2) per
-    coordinate. The density is that of data with noise of sigma_min; for one of the network's own
-    input alpha x subtract d log alpha.
+    (Chen et al. 2018, arXiv:1806.07366; Song et al. 2021, arXiv:2011.13456, section 4.3). Where
+    the data have mean m that end is wrong by about <m, y> / sigma_max^2. The density is that of
+    data with noise of sigma_min; for that of a network's own alpha x subtract d log alpha.
 
     Args:
       term: from `probability_flow`; its grid is not used.

@@ -47,7 +47,8 @@ class IPNDM(LMS):
 
     Liu et al. 2022, arXiv:2202.09778; Zhang & Chen 2023, arXiv:2204.13902. One evaluation a step.
     Of order `order` (1 to 4) where the grid is uniform in sigma (in t with prediction="flow"),
-    first order elsewhere. The fields are those of `LMS`.
+    second order at most where its steps change smoothly, as on every usual grid, and first order
+    where they do not. The fields are those of `LMS`.
     """
 
     def nodes(self, sigmas: Sigmas) -> Array:
