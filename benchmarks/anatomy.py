@@ -47,7 +47,8 @@ def keep(state: sd.State, step: sd.Step) -> tuple[Array, Array, Array]:
 @jax.jit
 def statistics(denoiser, x, x0, delta, previous, sigma, sigma_next) -> dict[str, Array]:
     """What the rule sees of one step, with the exact Jacobian of all samples."""
-    _, jacobian = sd.Exact()(None, denoiser, x, sigma)
+    keys = jax.random.split(jax.random.key(0), len(x))  # for nothing: it has no probes
+    _, jacobian = sd.Exact()(keys, denoiser, x, sigma)
     local = Local(x, x0, delta, x, sigma, sigma_next, jacobian, previous, lambda: None)
     trace, squared_norm, change, _, surprise, confirmed = (m.mean() for m in RULE.moments(local))
     eigenvalue = squared_norm / trace

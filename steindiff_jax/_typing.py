@@ -86,6 +86,8 @@ class State(NamedTuple):
 class Step(NamedTuple):
     """One step taken apart: x_next = q x + (1 - q)(x0 + delta), with q = sigma_next / sigma.
 
+    Of a corrected step these are the parts that the correction started from.
+
     x0: (batch, *event) denoiser at the start of the step, which alone makes the first-order step.
     delta: (batch, *event) what the solver adds to it; exactly 0 where the step is first order.
     gamma: () or (batch,) the coefficient of the correction, 1 where nothing was corrected.

@@ -472,12 +472,13 @@ class Report(NamedTuple):
         axes[0].plot(steps, self.gamma, ".-")
         axes[0].set(ylabel="gamma")
         axes[1].plot(steps, self.ratio, ".-")
-        axes[1].set(ylabel="Stein discrepancy at the end")
+        axes[1].set(ylabel="Stein discrepancy at the end", yscale="log")
         for axis in axes[:2]:
             axis.axhline(1.0, color="0.6", linewidth=0.8)
         for name in ("x", "x0", "delta"):
             axes[2].plot(steps, getattr(self, name), ".-", label=name)
-        axes[2].set(ylabel="root mean square", yscale="log")
+        axes[2].set_yscale("log", nonpositive="mask")
+        axes[2].set(ylabel="root mean square")
         axes[2].legend()
         for axis in axes:
             axis.set(xlabel="step")

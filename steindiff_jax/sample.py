@@ -24,7 +24,7 @@ from steindiff_jax._typing import (
     State,
 )
 from steindiff_jax.grids import check_sigmas
-from steindiff_jax.solvers import DPMpp3M
+from steindiff_jax.solvers import IPNDM
 from steindiff_jax.stein import Stein
 
 
@@ -54,7 +54,7 @@ def sample(
       sigmas: (steps + 1,) decreasing noise-to-signal ratios; end in 0 for clean samples. See
         `karras_sigmas`. Further zeros are padding: those steps are skipped, and grids padded to
         one length share one compiled program (known by value, so not inside your own jit).
-      solver: default `Stein(DPMpp3M())`.
+      solver: default `Stein(IPNDM(3))`, the best overall in `benchmarks/exact_problems.py`.
       x_init: (batch, *event) start at sigmas[0], in place of sigmas[0] * noise.
       record: (state, step) -> anything; what it returns is stacked over the steps.
       remat: for gradients: keep the state of each step alone and compute the step again on the
@@ -69,7 +69,7 @@ def sample(
         raise nothing: they are marked in info.finite and left out of the statistics.
     """
     sigmas = accurate(check_sigmas(sigmas))
-    solver = Stein(DPMpp3M()) if solver is None else solver
+    solver = Stein(IPNDM(3)) if solver is None else solver
     if x_init is None:
         if shape is None or len(shape) < 1:
             raise ValueError(f"shape (batch, *event) or x_init is needed, got shape={shape}")

@@ -18,7 +18,7 @@ from steindiff_jax.stein.calibration import fingerprint
 KEY = jax.random.key(3)
 GRID = sd.karras_sigmas(5)
 SOLVERS = [
-    sd.Stein(sd.DPMpp3M()),
+    sd.Stein(sd.DPMpp3M(), sd.StepEnergy(), sd.Tweedie()),
     sd.Stein(sd.IPNDM(3), sd.PosteriorLength(), sd.Hutchinson(2)),
     sd.Stein(sd.Heun(), sd.CleanTarget(0.1, schedule=sd.VPLinear()), sd.Hutchinson()),
 ]
@@ -124,16 +124,17 @@ def test_the_same_grid_computed_otherwise_is_not_refused():
 def test_another_solver_or_denoiser_is_refused(tmp_path):
     path = tmp_path / "table.json"
     calibrated().save(path)
+    rule, divergence = sd.StepEnergy(), sd.Tweedie()
     others = [
-        sd.Stein(sd.DPMpp2M()),
-        sd.Stein(sd.DPMpp3M(curvature=1.0)),
-        sd.Stein(sd.DPMpp3M(), sd.StepEnergy(gamma_min=0.1)),
-        sd.Stein(sd.DPMpp3M(), divergence=sd.Hutchinson()),
+        sd.Stein(sd.DPMpp2M(), rule, divergence),
+        sd.Stein(sd.DPMpp3M(curvature=1.0), rule, divergence),
+        sd.Stein(sd.DPMpp3M(), sd.StepEnergy(gamma_min=0.1), divergence),
+        sd.Stein(sd.DPMpp3M(), rule, sd.Hutchinson()),
     ]
     for other in others:
         with pytest.raises(ValueError, match="was recorded with"):
             sd.Calibrated.load(path, other)
-    as_array = sd.Stein(sd.DPMpp3M(curvature=jnp.asarray(0.5)))  # the same number
+    as_array = dataclasses.replace(DEFAULT, inner=sd.DPMpp3M(curvature=jnp.asarray(0.5)))
     sd.Calibrated.load(path, as_array, DENOISER)
     for other in (mixture(seed=1), mixture(std=0.4), mixture(k=4)):
         with pytest.raises(ValueError, match="another denoiser"):
@@ -173,7 +174,9 @@ def test_what_cannot_be_calibrated_is_refused():
     with pytest.raises(ValueError, match="solver must be a Stein"):
         sd.calibrate(KEY, DENOISER, (16, 2), GRID, sd.DPMpp3M())
     with pytest.raises(ValueError, match="statistics='batch'"):
-        sd.calibrate(KEY, DENOISER, (16, 2), GRID, sd.Stein(sd.DPMpp3M(), statistics="sample"))
+        sd.calibrate(
+            KEY, DENOISER, (16, 2), GRID, dataclasses.replace(DEFAULT, statistics="sample")
+        )
     x = X.at[4:8].set(jnp.nan)
     with pytest.raises(ValueError, match="25% of the samples"):
         sd.calibrate(KEY, DENOISER, None, GRID, DEFAULT, x_init=x)

@@ -32,6 +32,10 @@ EXPLICIT = [
 ]
 
 
+# The rule that the formulas of this file are of; without a derivative, so that they stay short.
+ENERGY = {"rule": sd.StepEnergy(), "divergence": sd.Tweedie()}
+
+
 def name(solver):
     return type(solver).__name__
 
@@ -136,7 +140,7 @@ class TestSteinCorrected:
         """Its delta is a multiple of D - y, so Tweedie's gamma is ((1 - q) / h)^2 for any data."""
         y, h = normal(8, 2, seed=3, scale=4.0), 0.7
         t0, t1, q = jnp.asarray(-1.0), jnp.asarray(-1.0 + h), np.exp(-h)
-        solver, term = SteinCorrected(diffrax.Euler()), probability_flow(mixture())
+        solver, term = SteinCorrected(diffrax.Euler(), **ENERGY), probability_flow(mixture())
         y1, *_ = solver.step(term, t0, t1, y, None, solver.init(term, t0, t1, y, None), False)
         toward = ((1 - q) + ((1 - q) / h) ** 2 * (h - (1 - q))) * (mixture()(y, np.e) - y)
         np.testing.assert_allclose(y1, y + toward, rtol=1e-12)
@@ -178,7 +182,7 @@ class TestSteinCorrected:
             return jax.vmap(lambda row: solve(solver, row[None]).ys[-1, 0], **axis)(y0)
 
         for statistics in ("sample", "batch"):
-            options = {"statistics": statistics}
+            options = {**ENERGY, "statistics": statistics}
             together = solve(SteinCorrected(diffrax.Euler(), **options), y0).ys[-1]
             if statistics == "batch":
                 options["axis_name"] = "samples"
@@ -226,7 +230,7 @@ class TestSteinCorrected:
         """Refused alone; with HalfSolver the error is of second order in the steps accepted."""
         data, y0 = gaussian(), normal(4, 3, seed=9, scale=20.0)
         exact = data.flow(np.asarray(y0), SIGMAS[0], SIGMAS[-2])
-        corrected = SteinCorrected(diffrax.Heun())
+        corrected = SteinCorrected(diffrax.Heun(), **ENERGY)
 
         def error(solver, tolerance):
             controller = diffrax.PIDController(rtol=tolerance, atol=tolerance)
