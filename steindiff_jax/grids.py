@@ -17,7 +17,6 @@ from steindiff_jax.schedules import Discrete
 
 
 @runtime_checkable
-@runtime_checkable
 class TimeSchedule(Protocol):
     """What a grid in time needs of a schedule, see `schedules`."""
 
