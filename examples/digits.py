@@ -72,7 +72,7 @@ class DigitsNet(nn.Module):
 
     @nn.compact
     def __call__(self, x, t, label):
-        angle = t[:, None] * 2.0 ** jnp.linspace(-2, 4, 16)
+        angle = t[:, None] * 2.0 ** jnp.linspace(-2, 4, 16)[None]
         e = nn.Dense(128)(jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1))
         e = nn.silu(nn.Dense(128)(nn.silu(e)) + nn.Embed(NULL + 1, 128)(label))
 

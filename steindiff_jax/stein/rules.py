@@ -144,7 +144,9 @@ class PosteriorLength:
         gamma = length ^ min(1, surprise / surprise_max),
         surprise = E|delta_previous - that|^2 / E|that|^2,  surprise_max = (1/2)^2.
 
-    As steps shrink surprise = O(step^2), so a third-order solver stays one. This project's rule.
+    As steps shrink surprise = O(step^2), so a third-order solver stays one. A guided denoiser is no
+    posterior mean: under strong guidance tr J is negative at large sigma, where the length is then
+    0 and the step first order. This project's rule.
     """
 
     gamma_min: Numeric = 0.0
