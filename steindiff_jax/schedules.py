@@ -154,15 +154,16 @@ class Discrete(_VariancePreserving):
         alpha = VPCosine().alpha(jnp.linspace(0.0, 1.0, steps + 1))
         return cls(jnp.minimum(1 - (alpha[1:] / alpha[:-1]) ** 2, max_beta))
 
-    def zero_terminal_snr(self, ratio: float = 4096.0) -> "Discrete":
-        """The betas rescaled such that alpha vanishes at the last step.
+    def zero_terminal_snr(self) -> "Discrete":
+        """The betas rescaled such that x is noise alone at the last step.
 
-        Lin et al. 2023, arXiv:2305.08891, algorithm 1. The last ratio would be infinite, where no
-        step can start; it is set to a large finite one, at which x is noise all the same.
+        Lin et al. 2023, arXiv:2305.08891, algorithm 1. There alpha vanishes at the last step and
+        the ratio is infinite, where no step can start; here the last ratio continues the two
+        before it geometrically, to some ten thousands.
         """
         alpha = jnp.exp(self._log_alpha())
         alpha = alpha[0] * (alpha - alpha[-1]) / (alpha[0] - alpha[-1])
-        alpha = alpha.at[-1].set(1 / math.hypot(1.0, ratio))
+        alpha = alpha.at[-1].set(alpha[-2] ** 2 / alpha[-3])
         return Discrete(1 - (alpha / jnp.append(1.0, alpha[:-1])) ** 2)
 
     def _log_alpha(self) -> Array:

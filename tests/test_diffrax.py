@@ -338,3 +338,15 @@ class TestErrors:
         solution = solve(as_diffrax(sd.DDIM()), normal(2, 2), saveat=diffrax.SaveAt(dense=True))
         with pytest.raises(ValueError, match="saved no state"):
             to_data(solution, mixture())
+
+
+@pytest.mark.filterwarnings("ignore:SelfAttention:DeprecationWarning")
+def test_example():
+    """Under a user's settings."""
+    import diffrax_composition
+
+    with jax.numpy_rank_promotion("allow"), jax.enable_x64(False):
+        error = diffrax_composition.samples()
+        real, scrambled = diffrax_composition.likelihoods()
+    assert error["SteinCorrected(diffrax.Heun())"] < error["diffrax.Heun()"]
+    assert real > scrambled

@@ -17,8 +17,7 @@ def graded(start, end, nodes):
 
 def alternating(start, end, nodes):
     """Steps in log sigma that are long and short in turn: no grid varies less smoothly."""
-    ramp = np.cumsum(np.tile([0.0, 1.5, 0.5], nodes)[: 3 * nodes].reshape(-1, 3)[:, 1:].ravel())
-    ramp = np.append(0.0, ramp)[:nodes]
+    ramp = np.append(0.0, np.cumsum(np.tile([1.5, 0.5], nodes)))[:nodes]
     return start * (end / start) ** (ramp / ramp[-1])
 
 

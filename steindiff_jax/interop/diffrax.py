@@ -362,14 +362,16 @@ def log_likelihood(
         return x0 - y, -jacobian.complement
 
     x = accurate(x)
+    state = (x, jnp.zeros(x.shape[:1], x.dtype))
     start, end = -jnp.log(jnp.asarray([sigma_min, sigma_max], x.dtype))
+    jax.eval_shape(drift, start, state, None)  # here errors are still themselves
     options.setdefault("dt0", None)
     solution = diffrax.diffeqsolve(
         diffrax.ODETerm(drift),
         solver,
         start,
         end,
-        y0=(x, jnp.zeros(x.shape[:1], x.dtype)),
+        y0=state,
         stepsize_controller=stepsize_controller,
         **options,
     )
