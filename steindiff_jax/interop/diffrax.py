@@ -260,7 +260,7 @@ def as_diffrax(solver: Solver, *, key: Key | None = None) -> AsDiffrax:
 
     Args:
       solver: any deterministic one, `Stein(...)` too.
-      key: for the probes of `Hutchinson`: the one that was given to `sample`; default key(0).
+      key: for the probes, the one that was given to `sample`; default key(0).
 
     Raises:
       ValueError: a stochastic solver; in `diffeqsolve`, another term, or a solver that needs a grid
@@ -274,23 +274,26 @@ class SteinCorrected(AsDiffrax):
     """The Stein correction of an explicit Runge-Kutta solver of diffrax, itself a diffrax solver.
 
     The candidate is one step of `solver` in t = -log sigma. The rules see what it adds to the
-    first-order step, delta = (y1 - q y0) / (1 - q) - D, whatever the method; the first-order step
-    is exponential Euler (DDIM), so that Euler's method in t has a delta too, half a step times
-    D - y to leading order, and is damped towards DDIM.
+    first-order step, delta = (y1 - q y0) / (1 - q) - D with q = sigma' / sigma, whatever the
+    method. That first-order step is exponential Euler (DDIM). Euler's method in t is longer,
+    t1 - t0 > 1 - q, so it has a delta too, and `StepEnergy` shortens it towards DDIM.
 
     The state y0 is a batch (batch, *event). Under `vmap` over solves of (1, *event) each, use
-    statistics="sample", or "batch" with the axis_name of the vmap.
+    statistics="sample", or "batch" with the axis_name of the vmap, which also gives every solve
+    probes of its own. Gradients: any adjoint that differentiates the steps themselves
+    (RecursiveCheckpointAdjoint, DirectAdjoint, ForwardMode); with an axis_name DirectAdjoint.
 
-    Guaranteed of the corrected y1: no evaluation is carried over from the uncorrected one (FSAL
-    methods make it anew, at one evaluation more per step than on their own); dense output and
+    Guaranteed of the corrected y1: nothing evaluated at the uncorrected one is carried over (a FSAL
+    method costs one evaluation a step more than on its own, others none); dense output and
     SaveAt(ts=...) are continuous and pass through every corrected state (`SigmaInterpolation`).
     There is no error estimate, since the method's own is that of the candidate: an adaptive
     controller is diffrax's RuntimeError. `diffrax.HalfSolver(SteinCorrected(...))` estimates the
-    corrected step's error by halving it, and may be used with one.
+    corrected step's error by halving it, and may be used with one; its dense output is that of the
+    whole step, not of the halves.
 
     Args:
       solver: Euler, Heun, Midpoint, Ralston, Bosh3, Tsit5, Dopri5, Dopri8.
-      key: for the probes of `Hutchinson`, one draw per step; default key(0).
+      key: for the probes, one draw per step; default key(0).
       **options: rule, divergence, statistics, axis_name, as in `Stein`.
 
     Raises:
@@ -303,7 +306,7 @@ class SteinCorrected(AsDiffrax):
         super().__init__(Stein(FromDiffrax(solver), **options), key)
 
     def order(self, terms: Any) -> int:
-        """2 at most: 1 - gamma is of the order of the step."""
+        """2 at most, where 1 - gamma is of the order of the step."""
         return min(2, self.solver.inner.solver.order(terms))  # pyright: ignore
 
 
