@@ -1,4 +1,4 @@
-"""How far a table of gamma carries, on the digits network (about four minutes on two cores).
+"""How far a table of gamma carries, on the digits network (about five minutes on two cores).
 
 A table is recorded once, 250 samples of all classes, and replayed on other seeds, batch sizes,
 guidance scales and class labels. First what live statistics scatter by; then RMSE from, and

@@ -5,6 +5,8 @@ below 4 where the statement holds, above 8 for its control.
 """
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -501,3 +503,15 @@ def test_contractivity_certificate():
     assert_array_equal(profiles[0].violations, 0.0)
     assert np.max(profiles[0].denoiser) > 1  # the trap: the certificate alone proves nothing here
     assert np.max(profiles[1].violations) > 0.5
+
+
+def test_theory_names_its_audits():
+    """Every test that docs/theory.md names exists, and every audit here is named there."""
+    here = Path(__file__)
+    named = set(re.findall(r"\b(test_\w+)`", (here.parents[1] / "docs/theory.md").read_text()))
+    defined = {
+        path.stem: set(re.findall(r"^def (test_\w+)", path.read_text(), re.MULTILINE))
+        for path in here.parent.glob("test_*.py")
+    }
+    assert named <= set.union(*defined.values())
+    assert defined[here.stem] - {"test_theory_names_its_audits"} <= named
