@@ -70,6 +70,8 @@ def sample(
     """
     sigmas = accurate(check_sigmas(sigmas))
     solver = Stein(IPNDM(3)) if solver is None else solver
+    if not isinstance(sigmas, Tracer):  # a solver tied to one grid, such as `Calibrated`
+        getattr(solver, "check", lambda _: None)(sigmas)
     if x_init is None:
         if shape is None or len(shape) < 1:
             raise ValueError(f"shape (batch, *event) or x_init is needed, got shape={shape}")

@@ -103,6 +103,8 @@ def test_another_grid_is_refused():
     for other in (sd.log_snr_sigmas(5), GRID[1:], sd.karras_sigmas(6), 1.001 * GRID):
         with pytest.raises(ValueError, match=r"for sigmas=\[80, .* got \["):
             table.init(X, other)
+        with pytest.raises(ValueError, match=r"for sigmas=\[80, .* got \["):
+            replay(table, sigmas=other)
     with pytest.raises(ValueError, match="5 values that are traced"):
         jax.eval_shape(lambda sigmas: replay(table, sigmas=sigmas), GRID[1:])
     # values that are traced cannot be looked at: the samples say so instead

@@ -81,9 +81,9 @@ class Calibrated:
     fingerprint: SHA-256 of the denoiser it was recorded with.
 
     It steps along its own grid only (`table.sigmas`), padding zeros allowed. Another one is a
-    ValueError in `init` if its length or, where they are known, its values are wrong. Inside `jit`,
-    and so under `sample`, values are not known: there a step that is not in the table
-    gets gamma = NaN, and the samples are NaN and marked in info.finite, rather than wrong.
+    ValueError, in `sample` or in `init`, if its length or, where they are known, its values are
+    wrong. Inside your own `jit` values are not known: there a step that is not in the table gets
+    gamma = NaN, and the samples are NaN and marked in info.finite, rather than wrong.
     """
 
     stein: Stein
