@@ -1,0 +1,316 @@
+"""Checkpoints in the layout of diffusers, read without torch: JSON and safetensors, never pickles.
+
+    checkpoint = load_diffusers("ddpm-cifar10-32")  # a local folder
+    denoiser = sd.from_linen(**checkpoint._asdict())
+    sigmas = sd.ddpm_sigmas(10, checkpoint.schedule)
+    solution = sd.sample(key, denoiser, (16, 32, 32, 3), sigmas=sigmas)
+
+A network of latents denoises latents: decode solution.x with the model's own decoder. It needs the
+extra `checkpoints`: flax and safetensors.
+"""
+
+import contextlib
+import dataclasses
+import json
+import re
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax import Array
+from safetensors import SafetensorError, safe_open
+
+from steindiff_jax.denoisers import Schedule
+from steindiff_jax.interop.networks import DiT, UNet2D
+from steindiff_jax.schedules import EDM, Discrete
+
+WEIGHTS = "diffusion_pytorch_model"
+
+
+class Checkpoint(NamedTuple):
+    """A trained network, named as the arguments of `from_linen`.
+
+    schedule and prediction are None where a network was saved without its scheduler.
+    """
+
+    module: UNet2D | DiT
+    variables: dict[str, Any]
+    schedule: Schedule | None
+    prediction: str | None
+
+
+def load_diffusers(path: str | Path) -> Checkpoint:
+    """The network, weights, schedule and prediction that diffusers' `save_pretrained` wrote.
+
+    Networks: `UNet2DModel` and `DiTTransformer2DModel`. Schedulers: those with DDPM's betas (the
+    network is told the index of its step) and `ScoreSdeVeScheduler` (it is told sigma). What a
+    scheduler does to samples is left to the caller: for its `clip_sample` and `thresholding` wrap
+    the denoiser in `StaticThreshold` or `DynamicThreshold`.
+
+    Args:
+      path: folder of a pipeline (unet or transformer, and scheduler inside it), or of a network
+        alone: config.json, safetensors, perhaps scheduler_config.json.
+
+    Returns:
+      `Checkpoint`, with arrays in the dtype of the file. Images are (batch, height, width,
+      channels); a network that knows classes takes cond={"class_labels": ...}.
+
+    Raises:
+      ValueError: nothing to read at path, a class or a key of a configuration that is not supported
+        (it says which), weights in a pickle (.bin, .ckpt, .pt: reading one may run code), weights
+        that are not those of the configuration, not floating point or not finite, damaged files.
+    """
+    folder, scheduler = _layout(Path(path))
+    config = folder / "config.json"
+    module = _network(config)
+    variables = _variables(module, config, _weights(folder))
+    schedule, prediction = _schedule(scheduler) if scheduler else (None, None)
+    return Checkpoint(module, variables, schedule, prediction)
+
+
+# --- Files ---------------------------------------------------------------------------------------
+
+
+def _layout(path: Path) -> tuple[Path, Path | None]:
+    """The folder of the network, and the scheduler's configuration."""
+    for folder in (path, path / "unet", path / "transformer"):
+        if (folder / "config.json").is_file():
+            break
+    else:
+        raise ValueError(
+            f"no config.json in {path}, {path / 'unet'} or {path / 'transformer'}: path must be a "
+            "local folder that save_pretrained of diffusers wrote"
+        )
+    places = [path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json"]
+    return folder, next((place for place in places if place.is_file()), None)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file} is no JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}")
+    return config
+
+
+def _weights(folder: Path) -> list[Path]:
+    single = folder / f"{WEIGHTS}.safetensors"
+    files = [single] if single.is_file() else sorted(folder.glob(f"{WEIGHTS}-*-of-*.safetensors"))
+    if files:
+        return files
+    found = sorted(file.name for file in folder.iterdir() if file.name != "config.json")
+    raise ValueError(
+        f"{folder} has no {single.name}, only {found}. Pickles (.bin, .ckpt, .pt) may run code and "
+        "are not read: load one that you trust with diffusers and save_pretrained it again"
+    )
+
+
+# --- Configurations ------------------------------------------------------------------------------
+
+NETWORKS = {"UNet2DModel": UNet2D, "DiTTransformer2DModel": DiT, "Transformer2DModel": DiT}
+
+# Keys that change nothing at inference, where they are no fields of the network.
+IGNORED = {"dropout", "norm_num_groups", "sample_size", "upcast_attention"}
+# Keys of the older class Transformer2DModel, with what they must say for it to be a DiT.
+DEFAULTS = {
+    "attention_type": "default",
+    "cross_attention_dim": None,
+    "double_self_attention": False,
+    "num_vector_embeds": None,
+    "only_cross_attention": False,
+    "use_linear_projection": False,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Betas:
+    """What a scheduler's configuration says about the network; the rest of it is about solvers."""
+
+    num_train_timesteps: int = 1000
+    beta_start: float = 1e-4
+    beta_end: float = 0.02
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    trained_betas: tuple[float, ...] | None = None
+    rescale_betas_zero_snr: bool = False
+    prediction_type: Literal["epsilon", "sample", "v_prediction"] = "epsilon"
+    predict_epsilon: Literal[True] | None = None
+    timestep_type: Literal["discrete"] | None = None
+    use_flow_sigmas: Literal[False] | None = None
+
+
+SCHEDULERS = (
+    "DDIMParallelScheduler",
+    "DDIMScheduler",
+    "DDPMParallelScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "UniPCMultistepScheduler",
+)
+
+
+def _network(file: Path) -> UNet2D | DiT:
+    config = _json(file)
+    cls = config.get("_class_name")
+    if cls not in [*NETWORKS]:  # JSON may hold what cannot be hashed
+        raise ValueError(f"{file}: '_class_name' must be one of {[*NETWORKS]}, got {cls!r}")
+    for key in ("down_block_types", "up_block_types"):
+        if isinstance(config.get(key), list):  # they were called UNetRes... at first
+            config[key] = [str(kind).removeprefix("UNetRes") for kind in config[key]]
+    known = _known(NETWORKS[cls], config, file)
+    for key in sorted(config.keys() - known.keys() - IGNORED):
+        if not (key.startswith("_") or (key in DEFAULTS and config[key] == DEFAULTS[key])):
+            raise ValueError(f"{file}: key {key!r} = {config[key]!r} is not supported")
+    return NETWORKS[cls](**known)
+
+
+def _schedule(file: Path) -> tuple[Schedule, str]:
+    config = _json(file)
+    cls = config.get("_class_name")
+    if cls == "ScoreSdeVeScheduler":
+        return EDM(), "score"
+    if cls not in SCHEDULERS:
+        raise ValueError(
+            f"{file}: '_class_name' must be one of {[*SCHEDULERS, 'ScoreSdeVeScheduler']}, got "
+            f"{cls!r}; without {file.name} the network loads alone, with a schedule of your own"
+        )
+    known = Betas(**_known(Betas, config, file))
+    steps, ends = known.num_train_timesteps, (known.beta_start, known.beta_end)
+    for beta in known.trained_betas or ends:
+        if not 0 < beta < 1:
+            raise ValueError(f"{file}: betas must lie between 0 and 1, got {beta}")
+    if known.trained_betas is not None:
+        schedule = Discrete(jnp.asarray(known.trained_betas))
+    elif known.beta_schedule == "squaredcos_cap_v2":
+        schedule = Discrete.cosine(steps)
+    elif known.beta_schedule == "scaled_linear":
+        schedule = Discrete.scaled_linear(steps, *ends)
+    else:
+        schedule = Discrete.linear(steps, *ends)
+    if known.rescale_betas_zero_snr:
+        if (n := jnp.shape(schedule.betas)[0]) < 3:
+            raise ValueError(f"{file}: 'rescale_betas_zero_snr' needs 3 betas or more, got {n}")
+        schedule = schedule.zero_terminal_snr()
+    names = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+    return schedule, names[known.prediction_type]
+
+
+def _known(cls: type, config: dict[str, Any], file: Path) -> dict[str, Any]:
+    """The fields of a dataclass that config gives, as their annotations have them."""
+    known = {}
+    for field in dataclasses.fields(cls):
+        if field.name in config and field.name not in ("name", "parent"):  # flax's own
+            try:
+                known[field.name] = _read(config[field.name], field.type)
+            except TypeError as error:
+                kind = field.type.__name__ if isinstance(field.type, type) else field.type
+                raise ValueError(
+                    f"{file}: key {field.name!r} must be {kind}, got {config[field.name]!r}"
+                ) from error
+    return known
+
+
+def _read(value: Any, kind: Any) -> Any:
+    """A value from JSON as an annotation has it, or TypeError; int is a count, from 1 to 2^20."""
+    args = get_args(kind)
+    if get_origin(kind) is Literal and value in args:
+        return args[args.index(value)]
+    if get_origin(kind) is tuple and isinstance(value, list) and value:
+        return tuple(_read(one, args[0]) for one in value)
+    if isinstance(value, bool | None):
+        if kind is type(value):
+            return value
+    elif kind is int and isinstance(value, int) and 1 <= value <= 2**20:
+        return value
+    elif kind is float and isinstance(value, int | float) and abs(value) <= 2**20:
+        return float(value)
+    if get_origin(kind) in (Union, UnionType):
+        for one in args:
+            with contextlib.suppress(TypeError):
+                return _read(value, one)
+    raise TypeError
+
+
+# --- Weights -------------------------------------------------------------------------------------
+
+# Names in diffusers' first attention blocks, which networks published then still have.
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+FLOATING = ("F64", "F32", "F16", "BF16")
+
+
+def _name(key: str) -> str:
+    key = re.sub(
+        r"(attentions\.\d+)\.(query|key|value|proj_attn)\.",
+        lambda match: f"{match[1]}.{RENAMED[match[2]]}.",
+        key,
+    )
+    return "time_proj.weight" if key == "time_proj.W" else key
+
+
+def _variables(module: UNet2D | DiT, config: Path, files: list[Path]) -> dict[str, Any]:
+    """Parameters by their paths; each file is read once its shapes are known to be right."""
+    try:
+        handles = [safe_open(file, framework="numpy") for file in files]
+        found = {_name(key): (file, key) for file in handles for key in file.keys()}  # noqa: SIM118
+        layers = module.num_layers if isinstance(module, DiT) else module.layers_per_block
+        if layers > len(found):  # or one number in the JSON could keep a machine busy for days
+            raise ValueError(f"{config}: {layers} layers, but the weights are {len(found)} arrays")
+        expected = _expected(module, config)
+        _same("missing", expected.keys() - found.keys(), files)
+        _same("not in the network of config.json", found.keys() - expected.keys(), files)
+        return {
+            "params": unflatten_dict(
+                {path: _array(*found[key], path, shape) for key, (path, shape) in expected.items()}
+            )
+        }
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{files[0].parent}: damaged safetensors: {error}") from error
+
+
+def _same(what: str, keys: set[str], files: list[Path]) -> None:
+    if keys:
+        some = sorted(keys)[:4]
+        raise ValueError(f"{files[0].parent}: {len(keys)} arrays {what}, such as {some}")
+
+
+def _expected(module: UNet2D | DiT, config: Path) -> dict[str, tuple[tuple, tuple]]:
+    """Name in the file -> path and shape in the variables."""
+    try:
+        shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
+    except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
+        raise ValueError(f"{config}: no network can be built from it: {error}") from error
+
+    def name(path: tuple[str, ...]) -> str:
+        leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+        return ".".join((*path[:-1], leaf.get(path[-1], path[-1])))
+
+    paths = {tuple(k.key for k in path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
+    return {name(path): (path, leaf.shape) for path, leaf in paths.items()}
+
+
+def _array(handle: Any, key: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Array:
+    """One parameter, (out, in, ...) in the file and (..., in, out) in Flax."""
+    piece = handle.get_slice(key)
+    is_kernel = path[-1] == "kernel"
+    stored = (*shape[:-3:-1], *shape[:-2]) if is_kernel else shape
+    if tuple(piece.get_shape()) != stored or piece.get_dtype() not in FLOATING:
+        raise ValueError(
+            f"{key} must be floating point of shape {stored}, got {piece.get_dtype()} "
+            f"{tuple(piece.get_shape())}"
+        )
+    array = handle.get_tensor(key)
+    if not np.isfinite(array).all():
+        raise ValueError(f"{key} has values that are not finite")
+    return jnp.asarray(np.moveaxis(array, (0, 1), (-1, -2)) if is_kernel else array)

@@ -1,0 +1,495 @@
+"""The networks of public checkpoints in Flax: a U-Net and a diffusion transformer (DiT).
+
+Fields are the keys of a diffusers `config.json`, with its defaults, and their annotations are what
+`load_diffusers` accepts. A parameter's path joined by dots is its name in a diffusers checkpoint.
+Images are (batch, height, width, channels). Both networks are for inference: no dropout.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array, lax
+
+from steindiff_jax._numerics import accurate
+from steindiff_jax._typing import Batch, Rows
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": nn.silu,
+    "swish": nn.silu,
+    "mish": jax.nn.mish,
+    "gelu": partial(nn.gelu, approximate=False),
+    "gelu-approximate": nn.gelu,
+    "relu": nn.relu,
+}
+
+SQRT2 = math.sqrt(2)  # by which Skip blocks divide, so that a sum keeps its variance
+
+DownBlock = Literal[
+    "DownBlock2D",
+    "AttnDownBlock2D",
+    "ResnetDownsampleBlock2D",
+    "SkipDownBlock2D",
+    "AttnSkipDownBlock2D",
+]
+UpBlock = Literal[
+    "UpBlock2D",
+    "AttnUpBlock2D",
+    "ResnetUpsampleBlock2D",
+    "SkipUpBlock2D",
+    "AttnSkipUpBlock2D",
+]
+
+
+class UNet2D(nn.Module):
+    """The U-Net that diffusers' `UNet2DModel` configures.
+
+    DDPM's (Ho et al. 2020, arXiv:2006.11239), ADM's (Dhariwal & Nichol 2021, arXiv:2105.05233) with
+    scale_shift and resnet resampling, NCSN++ (Song et al. 2021, arXiv:2011.13456) with Skip blocks
+    and fourier times.
+
+    Call: x (batch, height, width, in_channels), each side a multiple of 2^(levels - 1); t (batch,);
+    class_labels (batch,) where the network knows classes, (batch, features) if "identity" embeds
+    them. Returns an array like x: a learned variance, the second half of the channels, is dropped.
+    """
+
+    in_channels: int = 3
+    out_channels: int = 3
+    center_input_sample: bool = False
+    time_embedding_type: Literal["positional", "fourier", "learned"] = "positional"
+    time_embedding_dim: int | None = None
+    freq_shift: float = 0.0
+    flip_sin_to_cos: bool = True
+    down_block_types: tuple[DownBlock, ...] = (
+        "DownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+        "AttnDownBlock2D",
+    )
+    mid_block_type: Literal["UNetMidBlock2D"] | None = "UNetMidBlock2D"
+    up_block_types: tuple[UpBlock, ...] = (
+        "AttnUpBlock2D",
+        "AttnUpBlock2D",
+        "AttnUpBlock2D",
+        "UpBlock2D",
+    )
+    block_out_channels: tuple[int, ...] = (224, 448, 672, 896)
+    layers_per_block: int = 2
+    mid_block_scale_factor: float = 1.0
+    downsample_padding: Literal[0, 1] = 1
+    downsample_type: Literal["conv", "resnet"] | None = "conv"
+    upsample_type: Literal["conv", "resnet"] | None = "conv"
+    act_fn: Literal["silu", "swish", "mish", "gelu", "relu"] = "silu"
+    attention_head_dim: int | None = 8
+    norm_num_groups: int | None = 32
+    attn_norm_num_groups: int | None = None
+    norm_eps: float = 1e-5
+    resnet_time_scale_shift: Literal["default", "scale_shift"] = "default"
+    add_attention: bool = True
+    class_embed_type: Literal["timestep", "identity"] | None = None
+    num_class_embeds: int | None = None
+    num_train_timesteps: int | None = None
+
+    def example(self) -> tuple[Array, Array, Array | None]:
+        """Arguments of a smallest call, as `init` takes them."""
+        side = 2 ** (len(self.block_out_channels) - 1)
+        labels = None if self.num_class_embeds is None else jnp.zeros(1, int)
+        if self.class_embed_type:
+            shape = (1, self._embedding) if self.class_embed_type == "identity" else (1,)
+            labels = jnp.zeros(shape)
+        return jnp.zeros((1, side, side, self.in_channels)), jnp.ones(1), labels
+
+    @nn.compact
+    def __call__(self, x: Batch, t: Rows, class_labels: Array | None = None) -> Batch:
+        levels = len(self.block_out_channels)
+        _check_size(x, 2 ** (levels - 1), self.in_channels)
+        if not levels == len(self.down_block_types) == len(self.up_block_types):
+            raise ValueError(
+                "block_out_channels, down_block_types and up_block_types must have one length, got "
+                f"{levels}, {len(self.down_block_types)} and {len(self.up_block_types)}"
+            )
+        emb = self._embed(t, class_labels)
+        image = 2 * x - 1 if self.center_input_sample else x
+        h = _conv(image, self.block_out_channels[0], "conv_in")
+
+        kept = [h]
+        for i in range(levels):
+            h, image = self._down(i, h, image, emb, kept)
+        if self.mid_block_type:
+            h = self._middle(h, emb)
+        image = None  # of the output, which Skip blocks grow
+        for i in range(levels):
+            h, image = self._up(i, h, image, emb, kept)
+
+        h = nn.silu(_group_norm(h, self.norm_num_groups, self.norm_eps, "conv_norm_out"))
+        h = _conv(h, self.out_channels, "conv_out")
+        h = h if image is None else h + image
+        h = h / t[:, None, None, None] if self.time_embedding_type == "fourier" else h
+        return _without_variance(h, x)
+
+    def _down(
+        self, i: int, h: Array, image: Array, emb: Array, kept: list[Array]
+    ) -> tuple[Array, Array]:
+        kind, name = self.down_block_types[i], f"down_blocks.{i}"
+        features, options = self.block_out_channels[i], self._options(kind)
+        for j in range(self.layers_per_block):
+            h = self._resnet(h, emb, features, f"{name}.resnets.{j}", **options)
+            if kind == "AttnDownBlock2D":
+                h = self._attend(h, f"{name}.attentions.{j}", _groups(h, self.norm_num_groups))
+            elif kind == "AttnSkipDownBlock2D":
+                h = self._attend(h, f"{name}.attentions.{j}", 32, SQRT2)
+            kept.append(h)
+        if i + 1 == len(self.block_out_channels):
+            return h, image
+        if "Skip" in kind:
+            options |= {"resample": fir_halve, "shortcut": True}
+            h = self._resnet(h, emb, features, f"{name}.resnet_down", **options)
+            image = fir_halve(image)
+            h = h + nn.Conv(features, (1, 1), name=f"{name}.skip_conv")(image)
+        elif _by_resnet(kind, self.downsample_type):
+            options |= {"resample": halve}
+            h = self._resnet(h, emb, features, f"{name}.downsamplers.0", **options)
+        else:
+            padding = 1 if self.downsample_padding else ((0, 1), (0, 1))
+            h = _conv(h, features, f"{name}.downsamplers.0.conv", 2, padding)
+        kept.append(h)
+        return h, image
+
+    def _middle(self, h: Array, emb: Array) -> Array:
+        rescale, groups = self.mid_block_scale_factor, self.norm_num_groups
+        options = {"groups": groups, "rescale": rescale}
+        h = self._resnet(h, emb, h.shape[-1], "mid_block.resnets.0", **options)
+        if self.add_attention:
+            normed = self.resnet_time_scale_shift == "default"
+            groups = self.attn_norm_num_groups or (_groups(h, groups) if normed else None)
+            h = self._attend(h, "mid_block.attentions.0", groups, rescale)
+        return self._resnet(h, emb, h.shape[-1], "mid_block.resnets.1", **options)
+
+    def _up(
+        self, i: int, h: Array, image: Array | None, emb: Array, kept: list[Array]
+    ) -> tuple[Array, Array | None]:
+        kind, name = self.up_block_types[i], f"up_blocks.{i}"
+        features, options = self.block_out_channels[-1 - i], self._options(kind)
+        for j in range(self.layers_per_block + 1):
+            other = kept.pop()
+            if kind == "AttnSkipUpBlock2D":  # its groups as published, a slip of brackets
+                options["groups_in"] = min(h.shape[-1] + other.shape[-1] // 4, 32)
+            h = jnp.concatenate([h, other], axis=-1)
+            h = self._resnet(h, emb, features, f"{name}.resnets.{j}", **options)
+            if kind == "AttnUpBlock2D":
+                h = self._attend(h, f"{name}.attentions.{j}", _groups(h, self.norm_num_groups))
+        if kind == "AttnSkipUpBlock2D":
+            h = self._attend(h, f"{name}.attentions.0", 32, SQRT2)
+        if "Skip" in kind and image is not None:
+            image = fir_double(image)
+        if i + 1 == len(self.block_out_channels):
+            return h, image
+        if "Skip" in kind:
+            detail = nn.silu(_group_norm(h, None, self.norm_eps, f"{name}.skip_norm"))
+            detail = _conv(detail, self.in_channels, f"{name}.skip_conv")
+            image = detail if image is None else image + detail
+            options = self._options(kind) | {"resample": fir_double, "shortcut": True}
+            h = self._resnet(h, emb, features, f"{name}.resnet_up", **options)
+        elif _by_resnet(kind, self.upsample_type):
+            options |= {"resample": double}
+            h = self._resnet(h, emb, features, f"{name}.upsamplers.0", **options)
+        else:
+            h = _conv(double(h), features, f"{name}.upsamplers.0.conv")
+        return h, image
+
+    def _options(self, kind: str) -> dict[str, Any]:
+        return {"rescale": SQRT2} if "Skip" in kind else {"groups": self.norm_num_groups}
+
+    @property
+    def _embedding(self) -> int:
+        return self.time_embedding_dim or 4 * self.block_out_channels[0]
+
+    def _resnet(self, h: Array, emb: Array, features: int, name: str, **options: Any) -> Array:
+        scale_shift = self.resnet_time_scale_shift == "scale_shift"
+        options |= {"eps": self.norm_eps, "scale_shift": scale_shift, "name": name}
+        return Resnet(features, act=ACTIVATIONS[self.act_fn], **options)(h, emb)
+
+    def _attend(self, h: Array, name: str, groups: int | None, rescale: float = 1.0) -> Array:
+        width = self.attention_head_dim or h.shape[-1]
+        if width > h.shape[-1]:
+            raise ValueError(f"attention_head_dim={width} exceeds the {h.shape[-1]} channels")
+        attention = Attention(h.shape[-1] // width, width, groups, self.norm_eps, name=name)
+        return (h + attention(h)) / rescale
+
+    def _embed(self, t: Array, class_labels: Array | None) -> Array:
+        """Time and class, (batch, features)."""
+        width, features = self.block_out_channels[0], self._embedding
+        if self.time_embedding_type == "positional":
+
+            def project(t: Array) -> Array:
+                return sinusoids(t, width, self.flip_sin_to_cos, self.freq_shift)
+
+        elif self.time_embedding_type == "fourier":
+            weight = self.param("time_proj.weight", nn.initializers.normal(16.0), (width,))
+
+            def project(t: Array) -> Array:
+                angles = jnp.log(t)[:, None] * weight[None] * (2 * math.pi)
+                return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+        else:
+            if self.num_train_timesteps is None:
+                raise ValueError("time_embedding_type='learned' needs num_train_timesteps")
+            table = nn.Embed(self.num_train_timesteps, width, name="time_proj")
+
+            def project(t: Array) -> Array:
+                return table(jnp.rint(t).astype(int))
+
+        emb = _mlp(project(t), features, "time_embedding")
+        if self.class_embed_type is None and self.num_class_embeds is None:
+            if class_labels is not None:
+                raise ValueError("the network knows no classes: leave class_labels out")
+            return emb
+        labels = _labels(class_labels)
+        if self.class_embed_type == "identity":
+            return emb + labels
+        if self.class_embed_type == "timestep":
+            return emb + _mlp(project(labels), features, "class_embedding")
+        classes = self.num_class_embeds or 0
+        return emb + nn.Embed(classes, features, name="class_embedding")(labels)
+
+
+class DiT(nn.Module):
+    """Diffusion transformer with adaLN-Zero, as diffusers' `DiTTransformer2DModel` configures it.
+
+    Peebles & Xie 2023, arXiv:2212.09748. It works on latents; decoding is not part of it.
+
+    Call: x (batch, height, width, in_channels), each side a multiple of patch_size; t (batch,);
+    class_labels (batch,), of which num_embeds_ada_norm itself stands for "no class", for guidance.
+    Returns an array like x: a learned variance, the second half of the channels, is dropped.
+    """
+
+    num_attention_heads: int = 16
+    attention_head_dim: int = 72
+    in_channels: int = 4
+    out_channels: int | None = None
+    num_layers: int = 28
+    attention_bias: bool = True
+    sample_size: int = 32
+    patch_size: int = 2
+    activation_fn: Literal["gelu", "gelu-approximate"] = "gelu-approximate"
+    num_embeds_ada_norm: int = 1000
+    norm_type: Literal["ada_norm_zero"] = "ada_norm_zero"
+    norm_elementwise_affine: bool = False
+    norm_eps: float = 1e-5
+
+    def example(self) -> tuple[Array, Array, Array]:
+        """Arguments of a smallest call, as `init` takes them."""
+        side = self.patch_size
+        return jnp.zeros((1, side, side, self.in_channels)), jnp.ones(1), jnp.zeros(1, int)
+
+    @nn.compact
+    def __call__(self, x: Batch, t: Rows, class_labels: Array | None = None) -> Batch:
+        labels = _labels(class_labels)
+        heads, head_dim = self.num_attention_heads, self.attention_head_dim
+        size, width = self.patch_size, heads * head_dim
+        _check_size(x, size, self.in_channels)
+        act, affine = ACTIVATIONS[self.activation_fn], self.norm_elementwise_affine
+
+        h = nn.Conv(width, (size, size), size, padding="VALID", name="pos_embed.proj")(x)
+        batch, rows, columns, _ = h.shape
+        h = h + positions(rows, columns, width, self.sample_size // size).astype(h.dtype)[None]
+        h = h.reshape(batch, rows * columns, width)
+
+        def embed(name: str) -> Array:
+            e = _mlp(sinusoids(t, 256), width, f"{name}.timestep_embedder")
+            name = f"{name}.class_embedder.embedding_table"
+            return nn.silu(e + nn.Embed(self.num_embeds_ada_norm + 1, width, name=name)(labels))
+
+        norm = partial(nn.LayerNorm, use_fast_variance=False)
+        bare = partial(norm, 1e-6, use_scale=False, use_bias=False)
+        embs = []  # every block has an embedding of its own; the output uses the first one's
+        for i in range(self.num_layers):
+            name = f"transformer_blocks.{i}"
+            embs.append(embed(f"{name}.norm1.emb"))
+            change = nn.Dense(6 * width, name=f"{name}.norm1.linear")(embs[-1])[:, None]
+            shift, scale, gate, shift_2, scale_2, gate_2 = jnp.split(change, 6, axis=-1)
+            attention = Attention(heads, head_dim, bias=self.attention_bias, name=f"{name}.attn1")
+            h = h + gate * attention(bare()(h) * (1 + scale) + shift)
+            third = norm(self.norm_eps, use_scale=affine, use_bias=affine, name=f"{name}.norm3")
+            m = third(h) * (1 + scale_2) + shift_2
+            m = act(nn.Dense(4 * width, name=f"{name}.ff.net.0.proj")(m))
+            h = h + gate_2 * nn.Dense(width, name=f"{name}.ff.net.2")(m)
+
+        shift, scale = jnp.split(nn.Dense(2 * width, name="proj_out_1")(embs[0])[:, None], 2, -1)
+        channels = self.out_channels or self.in_channels
+        patches = nn.Dense(size * size * channels, name="proj_out_2")
+        h = patches(bare()(h) * (1 + scale) + shift)
+        h = h.reshape(batch, rows, columns, size, size, channels).swapaxes(2, 3)
+        return _without_variance(h.reshape(batch, rows * size, columns * size, channels), x)
+
+
+class Resnet(nn.Module):
+    """Residual block on h (batch, height, width, c), moved by the embedding emb (batch, k).
+
+    groups: of the norms; None is a quarter of the channels, at most 32. resample: of both branches.
+    """
+
+    features: int
+    groups: int | None = None
+    groups_in: int | None = None
+    eps: float = 1e-5
+    act: Callable[[Array], Array] = nn.silu
+    scale_shift: bool = False
+    resample: Callable[[Array], Array] = lambda h: h
+    shortcut: bool = False
+    rescale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Array, emb: Array) -> Array:
+        h = self.act(_group_norm(x, self.groups_in or self.groups, self.eps, "norm1"))
+        x, h = self.resample(x), self.resample(h)
+        h = _conv(h, self.features, "conv1")
+        dense = nn.Dense(self.features * (1 + self.scale_shift), name="time_emb_proj")
+        e = dense(self.act(emb))[:, None, None]
+        if self.scale_shift:
+            scale, shift = jnp.split(e, 2, axis=-1)
+            h = _group_norm(h, self.groups, self.eps, "norm2") * (1 + scale) + shift
+        else:
+            h = _group_norm(h + e, self.groups, self.eps, "norm2")
+        h = _conv(self.act(h), self.features, "conv2")
+        if self.shortcut or x.shape[-1] != self.features:
+            x = nn.Conv(self.features, (1, 1), name="conv_shortcut")(x)
+        return (x + h) / self.rescale
+
+
+class Attention(nn.Module):
+    """Self-attention between all positions of h (batch, ..., c), after a group norm if groups."""
+
+    heads: int
+    head_dim: int
+    groups: int | None = None
+    eps: float = 1e-5
+    bias: bool = True
+
+    @nn.compact
+    def __call__(self, h: Array) -> Array:
+        shape = h.shape
+        h = h.reshape(shape[0], -1, shape[-1])
+        if self.groups:
+            h = _group_norm(h, self.groups, self.eps, "group_norm")
+
+        def project(name: str) -> Array:
+            dense = nn.Dense(self.heads * self.head_dim, use_bias=self.bias, name=name)
+            return dense(h).reshape(*h.shape[:2], self.heads, self.head_dim)
+
+        query, key, value = project("to_q"), project("to_k"), project("to_v")
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(self.head_dim)
+        weights = jax.nn.softmax(accurate(logits)).astype(value.dtype)
+        h = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*h.shape[:2], -1)
+        return nn.Dense(shape[-1], name="to_out.0")(h).reshape(shape)
+
+
+def sinusoids(t: Array, features: int, cosine_first: bool = True, shift: float = 1.0) -> Array:
+    """Cosines and sines of w_k t, w_k = 10000^(-k / (features // 2 - shift)); (batch, features)."""
+    half = features // 2
+    if half <= shift:
+        raise ValueError(f"freq_shift={shift} needs more than {features} features")
+    # Rounded to float32 where training did: at t = 1000 the last digit of w moves a phase by 3e-5.
+    exponents = np.float32(-math.log(10_000)) * np.arange(half, dtype=np.float32)
+    w = np.exp(np.float64(exponents / np.float32(half - shift))).astype(np.float32)
+    angles = t[:, None] * w[None]
+    waves = [jnp.sin(angles), jnp.cos(angles)][:: -1 if cosine_first else 1]
+    return jnp.pad(jnp.concatenate(waves, axis=-1), ((0, 0), (0, features % 2)))
+
+
+def positions(rows: int, columns: int, features: int, base: int) -> Array:
+    """Sines and cosines of column and row, scaled to a base x base grid; (rows, columns, features).
+
+    Vaswani et al. 2017, arXiv:1706.03762, in two dimensions; features is a multiple of 4.
+    """
+    quarter = features // 4
+    if features % 4:
+        raise ValueError(f"heads times attention_head_dim must be a multiple of 4, got {features}")
+    frequencies = jnp.exp(-math.log(10_000) / quarter * jnp.arange(quarter, dtype=jnp.float32))
+
+    def waves(n: int) -> Array:
+        angles = jnp.outer(jnp.arange(n, dtype=jnp.float32) * (base / n), frequencies)
+        return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+
+    column = jnp.broadcast_to(waves(columns)[None], (rows, columns, 2 * quarter))
+    row = jnp.broadcast_to(waves(rows)[:, None], (rows, columns, 2 * quarter))
+    return jnp.concatenate([column, row], axis=-1)
+
+
+def halve(h: Array) -> Array:
+    """Mean over 2x2 pixels."""
+    return nn.avg_pool(h, (2, 2), (2, 2))
+
+
+def double(h: Array) -> Array:
+    """Every pixel as 2x2."""
+    return h.repeat(2, axis=1).repeat(2, axis=2)
+
+
+def fir_halve(h: Array) -> Array:
+    """Every other pixel, after the filter (1, 3, 3, 1) / 8 of Karras et al. 2020, 1912.04958."""
+    return _fir(h, 1.0, window_strides=(2, 2), padding=((1, 1), (1, 1)))
+
+
+def fir_double(h: Array) -> Array:
+    """Zeros between the pixels, then the filter of `fir_halve`, brightness kept."""
+    return _fir(h, 4.0, window_strides=(1, 1), padding=((2, 2), (2, 2)), lhs_dilation=(2, 2))
+
+
+def _fir(h: Array, gain: float, **options: Any) -> Array:
+    taps = jnp.array([1.0, 3.0, 3.0, 1.0], h.dtype) / 8
+    channels = h.shape[-1]
+    kernel = jnp.tile(gain * jnp.outer(taps, taps)[:, :, None, None], channels)
+    options |= {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": channels}
+    return lax.conv_general_dilated(h, kernel, **options)
+
+
+def _conv(h: Array, features: int, name: str, stride: int = 1, padding: Any = 1) -> Array:
+    return nn.Conv(features, (3, 3), stride, padding=padding, name=name)(h)
+
+
+def _groups(h: Array, groups: int | None) -> int:
+    return groups or min(h.shape[-1] // 4, 32)
+
+
+def _group_norm(h: Array, groups: int | None, eps: float, name: str) -> Array:
+    groups = _groups(h, groups)
+    return nn.GroupNorm(groups, epsilon=eps, use_fast_variance=False, name=name)(h)
+
+
+def _mlp(h: Array, features: int, name: str) -> Array:
+    h = nn.silu(nn.Dense(features, name=f"{name}.linear_1")(h))
+    return nn.Dense(features, name=f"{name}.linear_2")(h)
+
+
+def _by_resnet(kind: str, attention_s: str | None) -> bool:
+    """Whether a block resamples inside a residual block; the config's choice is for Attn blocks."""
+    return kind.startswith("Resnet") or ("Attn" in kind and attention_s == "resnet")
+
+
+def _without_variance(h: Array, x: Array) -> Array:
+    if h.shape[-1] not in (x.shape[-1], 2 * x.shape[-1]):
+        raise ValueError(
+            f"out_channels must be in_channels, or twice that with a learned variance: got "
+            f"{h.shape[-1]} for {x.shape[-1]}"
+        )
+    return h[..., : x.shape[-1]]
+
+
+def _labels(class_labels: Array | None) -> Array:
+    if class_labels is None:
+        raise ValueError("the network knows classes: class_labels (batch,) are needed")
+    return class_labels
+
+
+def _check_size(x: Array, multiple: int, channels: int) -> None:
+    if x.ndim != 4 or x.shape[1] % multiple or x.shape[2] % multiple or x.shape[3] != channels:
+        raise ValueError(
+            f"x must be (batch, height, width, {channels}) with height and width multiples of "
+            f"{multiple}, got {x.shape}"
+        )

@@ -1,0 +1,389 @@
+"""Networks of diffusers: the same outputs, the same trajectories; files that are wrong say how."""
+
+import json
+import pickle
+from functools import cache, partial
+from pathlib import Path
+
+import diffusers_reference as peer
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from numpy.testing import assert_allclose, assert_array_equal
+from safetensors.numpy import load_file, save_file
+
+import steindiff_jax as sd
+from steindiff_jax.interop import checkpoints
+from steindiff_jax.interop.checkpoints import load_diffusers
+
+SCHEDULER = "scheduler_config.json"
+SMALLEST = "class identity"
+
+
+@cache
+def reference():
+    with np.load(peer.FILE) as arrays:
+        return dict(arrays)
+
+
+def configuration(name):
+    return json.loads(str(reference()[f"{name}/config"]))
+
+
+def arguments(name):
+    return peer.inputs(configuration(name), peer.CONFIGS[name][2])
+
+
+def write(folder, name, config=(), rename=lambda key: key, scheduler=None):
+    """A network's folder as diffusers writes it, with other keys of its configuration in place."""
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(configuration(name) | dict(config)))
+    shapes = json.loads(str(reference()[f"{name}/shapes"]))
+    arrays = {rename(key): peer.draw(key, tuple(shape)) for key, shape in shapes.items()}
+    save_file(arrays, folder / peer.WEIGHTS)
+    if scheduler is not None:
+        (folder / SCHEDULER).write_text(json.dumps({"_class_name": "DDIMScheduler"} | scheduler))
+    return folder
+
+
+# Without XLA's optimisations: compiled sooner, and each network runs once.
+@partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
+def evaluate(module, variables, x, t, labels):
+    return module.apply(variables, x, t, labels)
+
+
+def output(name, folder):
+    loaded = load_diffusers(folder)
+    found = evaluate(loaded.module, loaded.variables, *arguments(name))
+    assert found.dtype == jnp.float32
+    return found
+
+
+# --- Parity --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", peer.CONFIGS)
+def test_output_is_that_of_diffusers(name, tmp_path):
+    """What torch computed from the same weights, in float32."""
+    found = output(name, write(tmp_path, name))
+    assert_allclose(found, reference()[f"{name}/output"], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", peer.CONFIGS)
+def test_output_is_that_of_diffusers_as_installed(name, tmp_path):
+    """Weights as diffusers draws them, through its own files."""
+    torch = pytest.importorskip("torch", reason="torch is in the extra `parity`")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is in the extra `parity`")
+    cls, options, _ = peer.CONFIGS[name]
+    torch.manual_seed(0)
+    module = getattr(diffusers, cls)(**options).eval().requires_grad_(False)
+    if name == "ncsnpp":  # at its scale of 16 the last digit of log t alone is worth 1e-5
+        module.time_proj.weight /= 16
+    module.save_pretrained(tmp_path)
+    expected = peer.call(module, *arguments(name))
+    assert_allclose(output(name, tmp_path), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", peer.TRAJECTORIES)
+def test_trajectory_is_that_of_diffusers(name, tmp_path):
+    """DDIM of its scheduler: noise to sample through files, schedule, prediction and solver."""
+    states, steps = reference()[f"{name}/ddim"], reference()[f"{name}/timesteps"]
+    loaded = load_diffusers(write(tmp_path, name, scheduler=peer.TRAJECTORIES[name]))
+    check_trajectory(loaded, states, steps)
+
+
+def test_trajectory_is_that_of_a_pipeline_as_installed(tmp_path):
+    pytest.importorskip("torch", reason="torch is in the extra `parity`")
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is in the extra `parity`")
+    module = peer.build("ddpm-cifar10")
+    options = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
+    scheduler = diffusers.DDIMScheduler(clip_sample=False, **options)
+    diffusers.DDIMPipeline(module, scheduler).save_pretrained(tmp_path)
+    check_trajectory(load_diffusers(tmp_path), *peer.ddim(module, **options))
+
+
+def check_trajectory(loaded, states, steps):
+    cond = {"class_labels": np.array([1, 2])} if states.shape[-1] == 4 else {}  # the DiT's latents
+    denoiser = sd.from_linen(**loaded._asdict(), cond=cond)
+    sigmas = np.append(loaded.schedule.ratio(jnp.asarray(steps, jnp.float32)), np.float32(0))
+    alphas = 1 / np.hypot(1, sigmas)[:, None, None, None, None]
+    solution = sd.sample(
+        jax.random.key(0),
+        denoiser,
+        sigmas=sigmas,
+        solver=sd.DDIM(),
+        x_init=states[0] / alphas[0],
+        record=lambda state, _: state.x,
+    )
+    assert_allclose(alphas[1:] * solution.record, states[1:], rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", peer.SCHEDULES)
+def test_schedule_and_prediction(name, tmp_path):
+    config = configuration(f"schedule {name}")
+    _, _, schedule, prediction = load_diffusers(write(tmp_path, SMALLEST, scheduler=config))
+    expected = reference()[f"schedule {name}/alphas_cumprod"]
+    # Zero terminal SNR itself is out of reach: see `Discrete.zero_terminal_snr`.
+    n = expected.size - (name == "zero terminal snr")
+    alpha = schedule.alpha(jnp.arange(n, dtype=jnp.float64))
+    assert_allclose(alpha**2, expected[:n], rtol=1e-4)
+    published = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
+    assert prediction == published[config["prediction_type"]]
+
+
+def test_derivative_in_float64(tmp_path):
+    """That of every correction's probe; and the output has the dtype of x."""
+    module, variables, _, _ = load_diffusers(write(tmp_path, SMALLEST))
+    x, t, labels = map(np.float64, arguments(SMALLEST))
+    v = np.random.default_rng(2).standard_normal(x.shape)
+    output = partial(evaluate, module, variables, t=t, labels=labels)
+    found, slope = jax.jvp(output, (x,), (v,))
+    assert found.dtype == jnp.float64
+    assert_allclose(found, reference()[f"{SMALLEST}/output"], rtol=0, atol=1e-5)
+    assert_allclose(slope, (output(x + 1e-5 * v) - output(x - 1e-5 * v)) / 2e-5, atol=1e-8)
+
+
+def test_half_precision(tmp_path):
+    """Weights keep the file's dtype; the output has that of x."""
+    whole = load_diffusers(write(tmp_path, SMALLEST)).variables
+    arrays = load_file(tmp_path / peer.WEIGHTS)
+    save_file({key: a.astype(jnp.bfloat16) for key, a in arrays.items()}, tmp_path / peer.WEIGHTS)
+    module, half, _, _ = load_diffusers(tmp_path)
+    for a, b in zip(jax.tree.leaves(half), jax.tree.leaves(whole), strict=True):
+        assert a.dtype == jnp.bfloat16
+        assert_allclose(np.float32(a), b, rtol=2**-8)
+    assert jax.eval_shape(module.apply, half, *arguments(SMALLEST)).dtype == jnp.float32
+
+
+# --- Layouts and names ---------------------------------------------------------------------------
+
+
+def same(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    jax.tree.map(assert_array_equal, a, b)
+
+
+def test_layouts(tmp_path):
+    """A network alone, one beside its scheduler's file, pipelines of both kinds, shards."""
+    alone = load_diffusers(write(tmp_path / "alone", SMALLEST))
+    assert alone.schedule is None
+    assert alone.prediction is None
+    beside = load_diffusers(write(tmp_path / "beside", SMALLEST, scheduler={}))
+    assert_array_equal(beside.schedule.betas, sd.Discrete.linear().betas)
+    for kind in ("unet", "transformer"):
+        pipeline = tmp_path / f"pipeline of a {kind}"
+        pipeline.mkdir()
+        write(pipeline / kind, SMALLEST)
+        (pipeline / "scheduler").mkdir()
+        config = {"_class_name": "ScoreSdeVeScheduler", "sigma_max": 1348}
+        (pipeline / "scheduler" / SCHEDULER).write_text(json.dumps(config))
+        loaded = load_diffusers(str(pipeline))
+        assert isinstance(loaded.schedule, sd.EDM)
+        assert loaded.prediction == "score"
+        same(loaded.variables, alone.variables)
+    shards = write(tmp_path / "shards", SMALLEST)
+    whole = load_file(shards / peer.WEIGHTS)
+    (shards / peer.WEIGHTS).unlink()
+    for i in range(2):
+        part = {key: whole[key] for key in sorted(whole)[i::2]}
+        save_file(part, shards / f"diffusion_pytorch_model-0000{i + 1}-of-00002.safetensors")
+    same(load_diffusers(shards).variables, alone.variables)
+
+
+def test_names_of_old(tmp_path):
+    """Arrays and blocks as diffusers named them at first; the networks of then keep them."""
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+    def rename(key):
+        for new, name in old.items():
+            key = key.replace(f".{new}.", f".{name}.")
+        return "time_proj.W" if key == "time_proj.weight" else key
+
+    for name, blocks in {
+        "ncsnpp": {},
+        "learned variance": {
+            "down_block_types": ["UNetResAttnDownBlock2D", "UNetResDownBlock2D"],
+            "up_block_types": ["UNetResUpBlock2D", "UNetResAttnUpBlock2D"],
+        },
+    }.items():
+        new = load_diffusers(write(tmp_path / name, name))
+        before = load_diffusers(write(tmp_path / f"old {name}", name, blocks, rename))
+        assert before.module == new.module
+        same(before.variables, new.variables)
+
+
+def test_transformer_2d_with_the_keys_of_dit(tmp_path):
+    old = {"_class_name": "Transformer2DModel", "cross_attention_dim": None}
+    old |= {"only_cross_attention": False, "num_vector_embeds": None}
+    new = load_diffusers(write(tmp_path / "new", "DiT-XL-2"))
+    before = load_diffusers(write(tmp_path / "old", "DiT-XL-2", old))
+    assert before.module == new.module
+    same(before.variables, new.variables)
+
+
+# --- Errors --------------------------------------------------------------------------------------
+
+UNSUPPORTED = {
+    "class": (SMALLEST, {"_class_name": "UNet2DConditionModel"}, "_class_name.*UNet2DCondition"),
+    "unknown key": (SMALLEST, {"dual_cross_attention": True}, "key 'dual_cross_attention' = True"),
+    "activation": (SMALLEST, {"act_fn": "tanh"}, "key 'act_fn' must be .*'silu'.*, got 'tanh'"),
+    "resnet": (SMALLEST, {"resnet_time_scale_shift": "ada_group"}, "key 'resnet_time_scale_shift'"),
+    "block": (SMALLEST, {"down_block_types": ["KDownBlock2D"]}, "key 'down_block_types'.*KDown"),
+    "classes": (SMALLEST, {"class_embed_type": "projection"}, "key 'class_embed_type'"),
+    "padding": (SMALLEST, {"downsample_padding": 2}, "key 'downsample_padding'.*got 2"),
+    "more channels": (SMALLEST, {"out_channels": 4}, "out_channels must be .*got 4 for 3"),
+    "count": (SMALLEST, {"layers_per_block": 2.5}, "key 'layers_per_block' must be .*int.*2.5"),
+    "negative": (SMALLEST, {"in_channels": -3}, "key 'in_channels' .*got -3"),
+    "truth": (SMALLEST, {"norm_num_groups": True}, "key 'norm_num_groups' .*got True"),
+    "not finite": (SMALLEST, {"norm_eps": float("nan")}, "key 'norm_eps' .*got nan"),
+    "lengths": (SMALLEST, {"up_block_types": ["UpBlock2D"] * 2}, "must have one length"),
+    "indivisible": (SMALLEST, {"norm_num_groups": 3}, "no network can be built"),
+    "heads": (SMALLEST, {"attention_head_dim": 16}, "attention_head_dim=16 exceeds the 8"),
+    "no channels": (SMALLEST, {"block_out_channels": []}, "key 'block_out_channels'.*got \\[\\]"),
+    "endless": (SMALLEST, {"layers_per_block": 2**20}, "1048576 layers, but .* are 104 arrays"),
+    "wide": (SMALLEST, {"block_out_channels": [2**20]}, r"must be .* of shape \(1048576"),
+    "deep": (
+        SMALLEST,
+        {"block_out_channels": [8] * 90, "down_block_types": ["DownBlock2D"] * 90}
+        | {"up_block_types": ["UpBlock2D"] * 90},
+        "no network can be built",
+    ),
+    "more layers": (SMALLEST, {"layers_per_block": 3}, "arrays missing, such as"),
+    "fewer layers": ("no middle", {"layers_per_block": 1}, "not in the network of config.json"),
+    "other width": (SMALLEST, {"time_embedding_dim": 24}, r"of shape \(.*24\), got F32 \(.*20\)"),
+    "norm": ("DiT-XL-2", {"norm_type": "ada_norm"}, "key 'norm_type'.*'ada_norm_zero'"),
+    "feed-forward": ("DiT-XL-2", {"activation_fn": "geglu"}, "key 'activation_fn'.*'geglu'"),
+    "text": ("DiT-XL-2", {"cross_attention_dim": 64}, "key 'cross_attention_dim' = 64"),
+}
+
+
+@pytest.mark.parametrize("case", UNSUPPORTED)
+def test_unsupported_configuration_says_which_key(case, tmp_path):
+    name, config, message = UNSUPPORTED[case]
+    with pytest.raises(ValueError, match=message):
+        load_diffusers(write(tmp_path, name, config))
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "message"),
+    [
+        ({"_class_name": "CMStochasticIterativeScheduler"}, "'_class_name'.*CMStoch.*loads alone"),
+        ({"beta_schedule": "laplace"}, "key 'beta_schedule'.*'laplace'"),
+        ({"prediction_type": "flow_prediction"}, "key 'prediction_type'.*'flow_prediction'"),
+        ({"timestep_type": "continuous"}, "key 'timestep_type'.*'continuous'"),
+        ({"predict_epsilon": False}, "key 'predict_epsilon'.*got False"),
+        ({"beta_end": 1.5}, "betas must lie between 0 and 1, got 1.5"),
+        ({"trained_betas": [0.1, "0.2"]}, "key 'trained_betas'"),
+        ({"trained_betas": [0.1, 0.2], "rescale_betas_zero_snr": True}, "needs 3 betas .*got 2"),
+    ],
+)
+def test_unsupported_scheduler_says_which_key(scheduler, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        load_diffusers(write(tmp_path, SMALLEST, scheduler=scheduler))
+
+
+class Payload:
+    """Unpickled, it leaves a file behind."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def __reduce__(self):
+        return Path.touch, (self.file,)
+
+
+@pytest.mark.parametrize("weights", ["diffusion_pytorch_model.bin", peer.WEIGHTS, SCHEDULER])
+def test_a_pickle_is_refused_and_not_run(weights, tmp_path):
+    write(tmp_path, SMALLEST, scheduler={})
+    if weights.endswith("bin"):
+        (tmp_path / peer.WEIGHTS).unlink()
+    (tmp_path / weights).write_bytes(pickle.dumps(Payload(tmp_path / "was here")))
+    message = "Pickles .* may run code" if weights.endswith("bin") else "damaged|no JSON"
+    with pytest.raises(ValueError, match=message):
+        load_diffusers(tmp_path)
+    assert not (tmp_path / "was here").exists()
+
+
+@pytest.mark.parametrize(
+    "text", [b"", b"\xff", b"[]", b"[" * 100_000, b'{"_class_name": []}', b"1" * 10_000]
+)
+@pytest.mark.parametrize("name", ["config.json", SCHEDULER])
+def test_configurations_that_are_none(name, text, tmp_path):
+    (write(tmp_path, SMALLEST, scheduler={}) / name).write_bytes(text)
+    with pytest.raises(ValueError, match=f"{name}.* (no JSON|must hold|'_class_name' must be)"):
+        load_diffusers(tmp_path)
+
+
+def test_nothing_there(tmp_path):
+    with pytest.raises(ValueError, match=r"no config.json in .*save_pretrained"):
+        load_diffusers(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("value", [np.float32(np.nan), np.int32(1)])
+def test_weights_that_are_no_numbers(value, tmp_path):
+    write(tmp_path, SMALLEST)
+    arrays = load_file(tmp_path / peer.WEIGHTS)
+    arrays["conv_in.bias"] = np.full_like(arrays["conv_in.bias"], value, dtype=value.dtype)
+    save_file(arrays, tmp_path / peer.WEIGHTS)
+    with pytest.raises(ValueError, match=r"conv_in.bias (has values .* not finite|must be float)"):
+        load_diffusers(tmp_path)
+
+
+def damaged(rng, file, whole):
+    """The bytes of a file, cut, changed or with others put in; or another value in a JSON."""
+    if file.suffix == ".json" and rng.random() < 0.5:
+        config = json.loads(whole)
+        values = [None, True, 0, -1, 7, 2**63, 0.5, 1e308, "Attn", [], {}, [[8]], [8, 8], [None]]
+        config[str(rng.choice([*config]))] = values[rng.integers(len(values))]
+        return json.dumps(config).encode()
+    header = 8 + int.from_bytes(whole[:8], "little") if file.suffix == ".safetensors" else 10_000
+    at, n = int(rng.integers(min(len(whole), header))), int(rng.integers(1, 9))
+    return [
+        whole[:at],
+        whole[:at] + whole[at + n :],
+        whole[:at] + rng.bytes(n) + whole[at:],
+        whole[:at] + rng.bytes(n) + whole[at + n :],
+    ][rng.integers(4)]
+
+
+def test_damaged_files_are_errors(tmp_path, monkeypatch):
+    """Either a network that can be called or a ValueError, never anything else."""
+    write(tmp_path, SMALLEST, scheduler={"beta_schedule": "linear", "trained_betas": [0.1, 0.2]})
+    whole = {file: file.read_bytes() for file in sorted(tmp_path.iterdir())}
+    # A network as it should be is traced once.
+    monkeypatch.setattr(checkpoints, "_expected", cache(checkpoints._expected))
+    rng = np.random.default_rng(0)
+    refused = 0
+    for _ in range(200):
+        file = list(whole)[rng.integers(len(whole))]
+        file.write_bytes(damaged(rng, file, whole[file]))
+        try:
+            loaded = load_diffusers(tmp_path)
+        except ValueError:
+            refused += 1
+        else:
+            assert jax.tree.structure(loaded.variables).num_leaves == 104
+        file.write_bytes(whole[file])
+    assert refused > 100
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels", "message"),
+    [
+        ((2, 6, 8, 2), None, r"multiples of 4, got \(2, 6, 8, 2\)|height, width, 3"),
+        ((2, 8, 8, 3), np.zeros(2, int), "knows no classes"),
+    ],
+)
+def test_arguments_of_the_u_net(shape, labels, message, tmp_path):
+    module, variables, _, _ = load_diffusers(write(tmp_path, "adm-lsun"))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(module.apply, variables, jnp.zeros(shape), jnp.ones(2), labels)
+
+
+@pytest.mark.parametrize("name", ["DiT-XL-2", "class timestep"])
+def test_classes_are_needed(name, tmp_path):
+    module, variables, _, _ = load_diffusers(write(tmp_path, name))
+    x = jnp.zeros((1, 8, 8, module.in_channels))
+    with pytest.raises(ValueError, match="class_labels"):
+        jax.eval_shape(module.apply, variables, x, jnp.ones(1))
