@@ -16,6 +16,17 @@ from jax.typing import ArrayLike
 from steindiff_jax._typing import Numeric, pytree
 
 
+def _parts(ratio: Array) -> tuple[Array, Array]:
+    """(a, b) with b / a = ratio, the larger of them 1.
+
+    Of these alpha, sigma and time are made without overflow at any ratio, and without cancellation,
+    also in the derivatives: 1 / (1 + r) - r / (1 + r)^2 is rounding noise at large r.
+    """
+    above = ratio > 1
+    q = jnp.where(above, 1 / jnp.where(above, ratio, 1.0), ratio)
+    return jnp.where(above, q, 1.0), jnp.where(above, 1.0, q)
+
+
 @pytree
 class EDM:
     """alpha = 1, sigma = t (variance exploding; Karras et al. 2022, arXiv:2206.00364)."""
@@ -40,9 +51,9 @@ class _VariancePreserving:
         raise NotImplementedError
 
     def at(self, ratio: Array) -> tuple[Array, Array, Array]:
-        # hypot, not ratio^2: float32 overflows at 1e19.
-        norm = jnp.hypot(1.0, ratio)
-        return self.time(ratio), 1 / norm, ratio / norm
+        a, b = _parts(ratio)
+        norm = jnp.sqrt(a**2 + b**2)
+        return self.time(ratio), a / norm, b / norm
 
 
 @pytree
@@ -65,7 +76,8 @@ class VPLinear(_VariancePreserving):
         return jnp.sqrt(-jnp.expm1(-self._integral(t)))
 
     def time(self, ratio: Array) -> Array:
-        integral = jnp.logaddexp(0.0, 2 * jnp.log(ratio))  # log(1 + ratio^2) without overflow
+        a, b = _parts(ratio)
+        integral = jnp.log1p((a * b) ** 2) - 2 * jnp.log(a)  # log(1 + ratio^2)
         slope = self.beta_max - self.beta_min
         root = jnp.sqrt(self.beta_min**2 + 2 * slope * integral)
         return 2 * integral / (self.beta_min + root)
@@ -81,24 +93,28 @@ class VPCosine(_VariancePreserving):
     shift: Numeric = 0.008
 
     def _angles(self, t: Array) -> tuple[Array, Array]:
+        """(a - a_0, a_0)."""
         scale = math.pi / 2 / (1 + self.shift)
         return jnp.asarray(scale * t), jnp.asarray(scale * self.shift, jnp.asarray(t).dtype)
 
     def alpha(self, t: Array) -> Array:
-        a, a_0 = self._angles(t)
-        return jnp.cos(a + a_0) / jnp.cos(a_0)
+        # cos(a) as the sine of what is left to pi / 2, which keeps its digits at t -> 1.
+        left, a_0 = self._angles(1 - t)
+        return jnp.sin(left) / jnp.cos(a_0)
 
     def sigma(self, t: Array) -> Array:
         a, a_0 = self._angles(t)  # cos^2(a_0) - cos^2(a + a_0) = sin(a) sin(a + 2 a_0)
         return jnp.sqrt(jnp.sin(a) * jnp.sin(a + 2 * a_0)) / jnp.cos(a_0)
 
     def time(self, ratio: Array) -> Array:
-        # a - a_0 from its sine and cosine, both times sqrt(1 + ratio^2); the difference
-        # root - sin(a_0) of the sine is written as a quotient to keep its digits at ratio -> 0.
+        # a - a_0 from its sine and cosine, both times sqrt(a^2 + b^2); the difference root - a sin
+        # of the sine is written as a quotient to keep its digits at ratio -> 0.
         unit, a_0 = self._angles(jnp.ones_like(ratio))
-        root = jnp.hypot(ratio, jnp.sin(a_0))
-        sine = jnp.cos(a_0) * ratio * (ratio / (root + jnp.sin(a_0)))
-        return jnp.arctan2(sine, jnp.cos(a_0) ** 2 + jnp.sin(a_0) * root) / unit
+        sin, cos = jnp.sin(a_0), jnp.cos(a_0)
+        a, b = _parts(ratio)
+        root = jnp.hypot(b, a * sin)
+        sine = cos * b * (b / (root + a * sin))
+        return jnp.arctan2(sine, a * cos**2 + sin * root) / unit
 
 
 @pytree
@@ -120,10 +136,12 @@ class RectifiedFlow:
         return self.shift * t / (1 + (self.shift - 1) * t)
 
     def time(self, ratio: Array) -> Array:
-        return ratio / (self.shift + ratio)
+        a, b = _parts(ratio / self.shift)
+        return b / (a + b)
 
     def at(self, ratio: Array) -> tuple[Array, Array, Array]:
-        return self.time(ratio), 1 / (1 + ratio), ratio / (1 + ratio)
+        a, b = _parts(ratio)
+        return self.time(ratio), a / (a + b), b / (a + b)
 
 
 @pytree
@@ -151,8 +169,10 @@ class Discrete(_VariancePreserving):
     @classmethod
     def cosine(cls, steps: int = 1000, max_beta: float = 0.999) -> "Discrete":
         """Betas of `VPCosine`, at most max_beta (Nichol & Dhariwal 2021, arXiv:2102.09672)."""
-        alpha = VPCosine().alpha(jnp.linspace(0.0, 1.0, steps + 1))
-        return cls(jnp.minimum(1 - (alpha[1:] / alpha[:-1]) ** 2, max_beta))
+        # alpha is sin(w), with w = 0 at the end: 1 - sin(w')^2 / sin(w)^2 without cancellation.
+        w = math.pi / 2 / 1.008 * jnp.linspace(1.0, 0.0, steps + 1)
+        betas = jnp.sin(w[-2]) * jnp.sin(w[1:] + w[:-1]) / jnp.sin(w[:-1]) ** 2
+        return cls(jnp.minimum(betas, max_beta))
 
     def zero_terminal_snr(self) -> "Discrete":
         """The betas rescaled such that x is noise alone at the last step.
@@ -161,10 +181,13 @@ class Discrete(_VariancePreserving):
         the ratio is infinite, where no step can start; here the last ratio continues the two
         before it geometrically, to some ten thousands.
         """
-        alpha = jnp.exp(self._log_alpha())
-        alpha = alpha[0] * (alpha - alpha[-1]) / (alpha[0] - alpha[-1])
-        alpha = alpha.at[-1].set(alpha[-2] ** 2 / alpha[-3])
-        return Discrete(1 - (alpha / jnp.append(1.0, alpha[:-1])) ** 2)
+        # alpha' = c (alpha - alpha[-1]) falls from one step to the next by this share of itself.
+        betas = jnp.asarray(self.betas)
+        log_steps = jnp.log1p(-betas[1:]) / 2
+        rest = jnp.cumsum(log_steps[::-1])[::-1]  # log of alpha[-1] / alpha, from each step on
+        drop = jnp.expm1(log_steps) / jnp.expm1(rest)
+        drop = drop.at[-1].set(drop[-2])
+        return Discrete(jnp.append(betas[0], drop * (2 - drop)))
 
     def _log_alpha(self) -> Array:
         return jnp.cumsum(jnp.log1p(-jnp.asarray(self.betas))) / 2

@@ -1,6 +1,7 @@
 """Problems with closed forms: exact denoisers, exact flows."""
 
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import steindiff_jax as sd
+from steindiff_jax.solvers.multistep import Multistep
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -83,8 +85,24 @@ def run(denoiser, sigmas, solver, x_init, **kwargs):
     return sd.sample(
         kwargs.pop("key", jax.random.key(0)),
         denoiser,
-        sigmas=np.asarray(sigmas),
+        sigmas=jnp.asarray(sigmas),
         solver=solver,
         x_init=x_init,
         **kwargs,
     )
+
+
+def walk(denoiser, solver, sigmas, x):
+    """`sample` step by step: to compile every solver for every number of steps takes minutes."""
+    sigmas = jnp.asarray(sigmas)
+    state = solver.init(jnp.asarray(x), sigmas)
+    # A multistep solver's memory has another shape for each grid: op by op compiles less.
+    step = _step.__wrapped__ if isinstance(solver, Multistep) else _step
+    for now, then in pairwise(sigmas):
+        state = step(denoiser, solver, state, now, then)
+    return state.x
+
+
+@jax.jit
+def _step(denoiser, solver, *arguments):
+    return solver.step(jax.random.key(0), denoiser, *arguments)[0]
