@@ -24,7 +24,7 @@ import metrics
 import problems
 import quality
 import steindiff_jax as sd
-from steindiff_jax.stein.rules import Local, Previous, gaussian_share
+from steindiff_jax.stein.rules import Local, Previous
 
 STEPS = 8
 SOLVERS = {name: quality.SOLVERS[name] for name in ("2M", "3M", "iPNDM-3")}
@@ -34,7 +34,7 @@ RULE = sd.PosteriorLength()
 ROWS = {  # axis label -> solid lines, dotted lines, horizontal line
     "gamma": ("gamma", "length of delta*", 1.0),
     "V / E|delta|²": ("variance", None, None),
-    "|J|² / tr J": ("eigenvalue", None, RULE.eigenvalue_max),
+    "|J|² / tr J": ("eigenvalue", None, 1.0),
     "E|delta*|² / V": ("share", "share of delta*", None),
     "surprise": ("surprise", None, RULE.surprise_max),
 }
@@ -50,14 +50,13 @@ def statistics(denoiser, x, x0, delta, previous, sigma, sigma_next) -> dict[str,
     keys = jax.random.split(jax.random.key(0), len(x))  # for nothing: it has no probes
     _, jacobian = sd.Exact()(keys, denoiser, x, sigma)
     local = Local(x, x0, delta, x, sigma, sigma_next, jacobian, previous, lambda: None)
-    trace, squared_norm, change, _, surprise, confirmed = (m.mean() for m in RULE.moments(local))
-    eigenvalue = squared_norm / trace
-    capped = jnp.minimum(eigenvalue, RULE.eigenvalue_max)
+    left, guided, unguided, change, _, surprise, confirmed = (m.mean() for m in RULE.moments(local))
+    trace = jacobian.posterior_trace.mean()
     return {
         "V": sigma**2 * trace,
         "variance": trace / change,
-        "eigenvalue": eigenvalue,
-        "share": gaussian_share(capped, sigma_next / sigma),
+        "eigenvalue": jacobian.posterior_squared_norm.mean() / trace,
+        "share": left * guided / unguided / trace,
         "surprise": surprise / confirmed,
     }
 

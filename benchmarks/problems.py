@@ -85,7 +85,8 @@ class Analytic:
         trace = variance / sigma**2
         v = jnp.ones_like(x)
         jv = (trace / d)[:, None] * v
-        return x0, sd.Jacobian(v[None], jv[None], trace, d - trace, trace**2 / d, False)
+        norm = trace**2 / d
+        return x0, sd.Jacobian(v[None], jv[None], trace, d - trace, norm, trace, norm, False)
 
 
 def mixture(means, std, axes=None, spread=None, weights=None) -> Mixture:

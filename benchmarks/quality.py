@@ -9,6 +9,9 @@ are printed first. Writes quality.csv, of every single run, beside this file.
 import argparse
 import csv
 import itertools
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -38,11 +41,19 @@ CORRECTIONS = {"plain": lambda solver: solver, "corrected": sd.Stein}
 TARGETS = {"2M": 0.68, "3M": 0.35, "iPNDM-3": 0.85, "iPNDM-4": 0.85}
 
 
-def measure(problem: problems.Problem, n: int, steps: tuple[int, ...], seeds: int) -> dict:
-    """(solver, correction, grid, steps, seed) -> sliced-W2."""
+def measure(name: str, solvers: tuple[str, ...], n: int, seeds: int) -> dict:
+    """(problem, solver, correction, grid, steps, seed) -> sliced-W2."""
+    guided = name in problems.GUIDED
+    jax.config.update("jax_enable_x64", not guided)
+    if guided:  # a network costs more: fewer samples and step counts
+        n, steps = n // 2, (4, 5, 6, 10)
+        problem = problems.network(problems.GUIDED[name], n)
+    else:
+        steps = STEPS
+        problem = problems.exact((problems.REPORT | problems.TUNE)[name]())
     distance = metrics.SlicedWasserstein(problem.law, n)
     results = {}
-    for (s, solver), (c, correct) in itertools.product(SOLVERS.items(), CORRECTIONS.items()):
+    for s, (c, correct) in itertools.product(solvers, CORRECTIONS.items()):
         if s == "DDIM" and c != "plain":
             continue  # a first-order step has nothing to correct
         for (g, grid), k, seed in itertools.product(GRIDS.items(), steps, range(seeds)):
@@ -52,9 +63,9 @@ def measure(problem: problems.Problem, n: int, steps: tuple[int, ...], seeds: in
                 problem.denoiser,
                 (n, *problem.event),
                 sigmas=sigmas,
-                solver=correct(solver),
+                solver=correct(SOLVERS[s]),
             )
-            results[s, c, g, k, seed] = distance(solution.x)
+            results[name, s, c, g, k, seed] = distance(solution.x)
     return results
 
 
@@ -107,7 +118,7 @@ def interval(logs: list[float]) -> tuple[float, float]:
 
 
 def show(results: Results, correction: str) -> None:
-    corrected = [s for s in SOLVERS if s != "DDIM"]
+    corrected = list(dict.fromkeys(k[1] for k in results.results if k[1] != "DDIM"))
     cells = {
         (p, s): results.ratio(correction, problem=p, solver=s)
         for p, s in itertools.product(results.problems, corrected)
@@ -143,21 +154,19 @@ def show(results: Results, correction: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", nargs="*", default=[*problems.REPORT, *problems.GUIDED])
+    parser.add_argument("--solvers", nargs="*", default=list(SOLVERS), choices=list(SOLVERS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--samples", type=int, default=500)
+    parser.add_argument("--jobs", type=int, default=2, help="problems at a time")
     arguments = parser.parse_args()
-    jax.config.update("jax_enable_x64", True)
     results = {}
-    for name in tqdm(arguments.problems):
-        if name in problems.GUIDED:  # a network costs more: fewer samples and step counts
-            n, steps = arguments.samples // 2, (4, 5, 6, 10)
-            with jax.enable_x64(False):
-                problem = problems.network(problems.GUIDED[name], n)
-                measured = measure(problem, n, steps, arguments.seeds)
-        else:
-            problem = problems.exact((problems.REPORT | problems.TUNE)[name]())
-            measured = measure(problem, arguments.samples, STEPS, arguments.seeds)
-        results |= {(name, *key): value for key, value in measured.items()}
+    # A process for each problem: hundreds of compiled programs in one exhaust its memory maps.
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, spawn, max_tasks_per_child=1) as pool:
+        sizes = {"n": arguments.samples, "seeds": arguments.seeds}
+        work = partial(measure, solvers=arguments.solvers, **sizes)
+        for measured in tqdm(pool.map(work, arguments.problems), total=len(arguments.problems)):
+            results |= measured
     with Path(__file__).with_suffix(".csv").open("w") as file:
         writer = csv.writer(file)
         writer.writerow(["problem", "solver", "correction", "grid", "steps", "seed", "distance"])

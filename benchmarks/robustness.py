@@ -24,7 +24,7 @@ import metrics
 import problems
 import quality
 import steindiff_jax as sd
-from steindiff_jax.denoisers import rows
+from steindiff_jax.denoisers import rows, with_posterior
 
 STEPS = (4, 5, 6, 10)
 SOLVERS = {name: quality.SOLVERS[name] for name in ("2M", "3M", "iPNDM-3")}
@@ -69,6 +69,9 @@ class Misled:
 
     def __call__(self, x: Array, sigma: Array) -> Array:
         return self.denoiser(x, self.level * sigma)
+
+    def with_posterior(self, x: Array, sigma: Array) -> tuple[Array, Array]:
+        return with_posterior(self.denoiser, x, self.level * sigma)
 
     def rows(self, take) -> "Misled":
         return Misled(rows(self.denoiser, take), self.level)

@@ -50,7 +50,7 @@ class Network:
     schedule: Schedule
     prediction: str = static()
     sigma_data: Numeric = 0.5
-    cond: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+    cond: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.prediction != "edm" and self.prediction not in PREDICTIONS:
@@ -190,8 +190,13 @@ class Guided:
     scale: Numeric
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        d_c, d_u = self.conditional(x, sigma), self.unconditional(x, sigma)
-        return d_u + self.scale * (d_c - d_u)
+        return self.with_posterior(x, sigma)[0]
+
+    def with_posterior(self, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
+        """See the function of that name."""
+        d_c, posterior = with_posterior(self.conditional, x, sigma)
+        d_u = self.unconditional(x, sigma)
+        return d_u + self.scale * (d_c - d_u), posterior
 
     def rows(self, take: Callable[[Array], Array]) -> "Guided":
         """See `Network.rows`."""
@@ -203,10 +208,15 @@ class GuidedNetwork:
     """`Guided` where both branches are one network: evaluated in one call on 2 batch rows."""
 
     network: Network
-    unconditional: Mapping[str, Array]
+    unconditional: Mapping[str, ArrayLike]
     scale: Numeric
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
+        return self.with_posterior(x, sigma)[0]
+
+    def with_posterior(self, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
+        """See the function of that name."""
+
         # Branches alternate row by row, so that a sharded batch stays where it is.
         def both(c: Array, u: Array) -> Array:
             return jnp.stack([c, u], axis=1).reshape(-1, *jnp.shape(c)[1:])
@@ -214,7 +224,7 @@ class GuidedNetwork:
         cond = jax.tree.map(both, dict(self.network.cond), dict(self.unconditional))
         d = dataclasses.replace(self.network, cond=cond)(both(x, x), sigma)
         d_c, d_u = jnp.moveaxis(d.reshape(-1, 2, *x.shape[1:]), 1, 0)
-        return d_u + self.scale * (d_c - d_u)
+        return d_u + self.scale * (d_c - d_u), d_c
 
     def rows(self, take: Callable[[Array], Array]) -> "GuidedNetwork":
         """See `Network.rows`."""
@@ -229,7 +239,7 @@ def guided(
 
     Ho & Salimans 2022, arXiv:2207.12598. Two adapters that differ in nothing but the values of
     `cond` (same network, same arrays of weights) are evaluated in one batched network call. The
-    result is no posterior mean: see `Hutchinson` for what that does to `Tweedie`.
+    result is no posterior mean, though made of one (`with_posterior`): `Tweedie` is biased.
     """
     if (
         isinstance(conditional, Network)
@@ -248,7 +258,12 @@ class StaticThreshold:
     limit: Numeric = 1.0
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        return jnp.clip(self.denoiser(x, sigma), -self.limit, self.limit)
+        return self.with_posterior(x, sigma)[0]
+
+    def with_posterior(self, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
+        """See the function of that name."""
+        x0, posterior = with_posterior(self.denoiser, x, sigma)
+        return jnp.clip(x0, -self.limit, self.limit), posterior
 
     def rows(self, take: Callable[[Array], Array]) -> "StaticThreshold":
         """See `Network.rows`."""
@@ -269,11 +284,15 @@ class DynamicThreshold:
     limit: Numeric = 1.0
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        x0 = self.denoiser(x, sigma)
+        return self.with_posterior(x, sigma)[0]
+
+    def with_posterior(self, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
+        """See the function of that name."""
+        x0, posterior = with_posterior(self.denoiser, x, sigma)
         size = accurate(jnp.abs(x0)).reshape(x0.shape[0], -1)
         s = jnp.maximum(jnp.quantile(size, self.quantile, axis=1), self.limit)
         s = expand(s, x0).astype(x0.dtype)
-        return jnp.clip(x0, -s, s) * (self.limit / s)
+        return jnp.clip(x0, -s, s) * (self.limit / s), posterior
 
     def rows(self, take: Callable[[Array], Array]) -> "DynamicThreshold":
         """See `Network.rows`."""
@@ -284,6 +303,19 @@ def rows(denoiser: Denoiser, take: Callable[[Array], Array]) -> Denoiser:
     """The denoiser of some of the samples: adapters select their conditioning; others are as is."""
     select = getattr(denoiser, "rows", None)
     return denoiser if select is None else select(take)
+
+
+def with_posterior(denoiser: Denoiser, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
+    """The denoiser, and the posterior mean that it is made of: guidance's conditional branch.
+
+    A wrapper of your own that changes the value without being a posterior mean any more may offer a
+    method of this name; any other denoiser is its own.
+    """
+    both = getattr(denoiser, "with_posterior", None)
+    if both is not None:
+        return both(x, sigma)
+    x0 = denoiser(x, sigma)
+    return x0, x0
 
 
 def _differ_in_cond_alone(a: Network, b: Network) -> bool:

@@ -10,6 +10,7 @@ from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 import steindiff_jax as sd
+from steindiff_jax.denoisers import with_posterior
 
 BETAS = np.linspace(1e-4, 0.02, 1000)
 TABLE = np.cumprod(1 - BETAS)
@@ -362,6 +363,20 @@ def test_guidance_scales_at_its_landmarks():
     s = jnp.asarray(0.8)
     assert_allclose(sd.guided(one, other, 1.0)(X, s), one(X, s), rtol=1e-12)
     assert_allclose(sd.guided(one, other, 0.0)(X, s), other(X, s), rtol=1e-12)
+
+
+def test_posterior_mean_that_guidance_is_made_of():
+    """The conditional branch, through thresholds too; any other denoiser is its own."""
+    one, other, s = (lambda x, _: x / 2), (lambda x, _: -x), jnp.asarray(0.8)
+    inside, outside = sd.guided(one, other, 3.0), sd.guided(sd.guided(one, other, 2.0), one, 5.0)
+    for denoiser in (inside, outside, sd.StaticThreshold(inside), sd.DynamicThreshold(inside)):
+        value, posterior = with_posterior(denoiser, X, s)
+        assert_array_equal(value, denoiser(X, s))
+        assert_array_equal(posterior, one(X, s))
+    assert_array_equal(with_posterior(one, X, s), [X / 2, X / 2])
+    assert_allclose(inside(X, s), 3.5 * X, rtol=1e-12)
+    one, other = branches(Guide())
+    assert_allclose(with_posterior(sd.guided(one, other, 3.0), X, s)[1], one(X, s), rtol=1e-12)
 
 
 def test_guidance_scale_is_traced():

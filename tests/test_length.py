@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import Gaussian, mixture, run, whitened
+from closed_forms import Gaussian, mixture, normal, run, whitened
 from scipy.integrate import quad
 from test_order import converge, graded, order
 
@@ -50,19 +50,44 @@ class WrongLength:
         return sd.State(q * state.x + (1 - q) * 1.7 * x0), sd.Step(x0, 0.7 * x0)
 
 
+@pytest.mark.parametrize("scale", [1.0, 5.0])
 @pytest.mark.parametrize("statistics", ["batch", "sample"])
 @pytest.mark.parametrize("sigma_next", [0.0, 0.1, 2.5])
-def test_exact_on_isotropic_gaussians(statistics, sigma_next):
-    """Stein's length turns the right direction into the exact step, however large."""
+def test_exact_on_isotropic_gaussians(statistics, sigma_next, scale):
+    """Stein's length turns the right direction into the exact step, however large.
+
+    So under guidance, which moves the mean where both laws have one covariance.
+    """
     d, variance, sigma = 3, 0.8, 4.0
     target = Gaussian(jnp.zeros(d), variance * jnp.eye(d))
     x = whitened(16, d) * np.sqrt(variance + sigma**2)
     if statistics == "sample":  # each sample must have the law's energy by itself
         x *= np.sqrt(d * (variance + sigma**2)) / np.linalg.norm(x, axis=1, keepdims=True)
-    rule = sd.PosteriorLength(gamma_max=1e3, eigenvalue_max=1.0)
+    mean = jnp.array([0.3, -1.0, 2.0])
+    branches = (Gaussian(m * mean, target.covariance) for m in (scale - 1, scale))
+    rule = sd.PosteriorLength(gamma_max=1e3)
     solver = sd.Stein(WrongLength(), rule, sd.Exact(), statistics)
-    solution = run(target, [sigma, sigma_next], solver, x)
+    solution = run(sd.guided(*branches, scale), [sigma, sigma_next], solver, x)
     np.testing.assert_allclose(solution.x, target.flow(x, sigma, sigma_next), rtol=1e-10)
+
+
+def test_length_under_guidance():
+    """From the branch's variance, as |J_w|^2 / |J|^2: where tr J_w is negative there is a way too.
+
+    N(0, c) in all 3 directions, J = c / (c + sigma^2), and delta = 0.7 D of the guided denoiser.
+    """
+    sigma, sigma_next, scale = 2.0, 0.5, 3.0
+    jacobian, other = (c / (c + sigma**2) for c in (0.5, 2.0))
+    guided = scale * jacobian - (scale - 1) * other
+    assert guided < 0
+    x = np.asarray(normal(8, 3))
+    left = float(gaussian_share(jnp.float64(jacobian), sigma_next / sigma)) * 3 * jacobian
+    left *= sigma**2 * guided**2 / jacobian**2
+    gamma = np.sqrt(left / np.mean(np.sum((0.7 * guided * x) ** 2, axis=1)))
+    branches = (Gaussian(jnp.zeros(3), c * jnp.eye(3)) for c in (0.5, 2.0))
+    solver = sd.Stein(WrongLength(), sd.PosteriorLength(gamma_max=1e3), sd.Exact())
+    solution = run(sd.guided(*branches, scale), [sigma, sigma_next], solver, x)
+    np.testing.assert_allclose(solution.info.gamma[0], gamma, rtol=1e-10)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ columns, `Hutchinson` from random probes v with E[v v^T] = I, so that tr J = E[v
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,18 @@ from jaxtyping import Float
 
 from steindiff_jax._numerics import expand, inner
 from steindiff_jax._typing import Batch, Denoiser, Key, Rows, Scalar, pytree, static
-from steindiff_jax.denoisers import rows
+from steindiff_jax.denoisers import rows, with_posterior
 
 Probes = Float[Array, "probes batch *event"]
 
+
+def rademacher(key: Key, shape: tuple[int, ...], dtype: Any) -> Array:
+    """Signs from random bits; `jax.random.rademacher` draws float64 numbers where x64 is on."""
+    return 1 - 2 * (jax.random.bits(key, shape, jnp.uint8) & 1).astype(dtype)
+
+
 DISTRIBUTIONS: dict[str, Callable] = {
-    "rademacher": jax.random.rademacher,
+    "rademacher": rademacher,
     "gaussian": jax.random.normal,
 }
 
@@ -34,6 +40,8 @@ class Jacobian(NamedTuple):
         in the mean; 0 for a sample that was not probed.
     trace: tr J.  complement: d - tr J, with digits of its own where J is close to 1.
     squared_norm: |J|_F^2.
+    posterior_trace, posterior_squared_norm: the same of the posterior mean that a guided denoiser
+        is made of (`with_posterior`), which Stein's identity is about; else no different.
     directional: whether jv are true derivatives along v.
     """
 
@@ -42,6 +50,8 @@ class Jacobian(NamedTuple):
     trace: Rows
     complement: Rows
     squared_norm: Rows
+    posterior_trace: Rows
+    posterior_squared_norm: Rows
     directional: bool
 
 
@@ -74,7 +84,8 @@ class Tweedie:
         # As if J were isotropic, which is enough for the trace of anything affine in x and D.
         v = jnp.ones_like(x)
         jv = expand(trace / size, x).astype(x.dtype) * v
-        return x0, Jacobian(v[None], jv[None], trace, complement, trace**2 / size, False)
+        norm = trace**2 / size
+        return x0, Jacobian(v[None], jv[None], trace, complement, norm, trace, norm, False)
 
 
 @pytree
@@ -83,7 +94,9 @@ class Hutchinson:
 
     probes: number of probes per sample.
     fraction: share of the batch that is probed, in (0, 1]: every round(1 / fraction)-th sample
-        stands for its neighbours (batch statistics only).
+        stands for its neighbours (batch statistics only). Of a sharded batch every device should
+        have a multiple of that many samples: with automatic mesh axes the compiler else moves
+        them about, with explicit ones a larger share is probed, so that they stay.
     distribution: "rademacher", exact on the identity part of J, or "gaussian".
     """
 
@@ -104,7 +117,7 @@ class Hutchinson:
     def __call__(
         self, keys: Key, denoiser: Denoiser, x: Batch, sigma: Scalar
     ) -> tuple[Batch, Jacobian]:
-        take, leave, merge = _every(round(1 / self.fraction), x.shape[0])
+        take, leave, merge = _every(round(1 / self.fraction), x)
         probed, others = take(x), leave(x)
 
         def draw(key: Key) -> Array:
@@ -112,14 +125,14 @@ class Hutchinson:
             return DISTRIBUTIONS[self.distribution](key, shape, x.dtype)
 
         v = jnp.moveaxis(jax.vmap(draw)(take(keys)), 1, 0)
-        x0, jv = _products(rows(denoiser, take), probed, sigma, v)
+        x0, *products = _products(rows(denoiser, take), probed, sigma, v)
         scale = math.sqrt(x.shape[0] / probed.shape[0] / self.probes)
-        v, jv = scale * v, scale * jv
+        products = [scale * part for part in (v, *products)]
         if others.shape[0]:
             x0 = merge(x0, rows(denoiser, leave)(others, sigma))
             blank = jnp.zeros_like(others)
-            v, jv = (jax.vmap(merge, (0, None))(part, blank) for part in (v, jv))
-        return x0, _jacobian(v, jv)
+            products = [jax.vmap(merge, (0, None))(part, blank) for part in products]
+        return x0, _jacobian(*products)
 
 
 @pytree
@@ -133,20 +146,29 @@ class Exact:
         size = math.prod(x.shape[1:])
         basis = jnp.eye(size, dtype=x.dtype).reshape(size, 1, *x.shape[1:])
         v = jnp.broadcast_to(basis, (size, *x.shape))
-        x0, jv = _products(denoiser, x, sigma, v)
-        return x0, _jacobian(v, jv)
+        x0, *products = _products(denoiser, x, sigma, v)
+        return x0, _jacobian(v, *products)
 
 
-def _products(denoiser: Denoiser, x: Batch, sigma: Scalar, v: Probes) -> tuple[Batch, Probes]:
-    """D and J v. One probe: jvp. Several: the primal once, then one probe after another."""
+def _products(
+    denoiser: Denoiser, x: Batch, sigma: Scalar, v: Probes
+) -> tuple[Batch, Probes, Probes]:
+    """D, J v, and J v of the posterior mean that it is made of.
+
+    One probe: jvp. Several: the primal once, then one probe after another.
+    """
+
+    def both(x: Batch) -> tuple[Batch, Batch]:
+        return with_posterior(denoiser, x, sigma)
+
     if v.shape[0] == 1:
-        x0, jv = jax.jvp(lambda x: denoiser(x, sigma), (x,), (v[0],))
-        return x0, jv[None]
-    x0, product = jax.linearize(lambda x: denoiser(x, sigma), x)
-    return x0, lax.map(product, v)
+        (x0, _), products = jax.jvp(both, (x,), (v[0],))
+        return x0, products[0][None], products[1][None]
+    (x0, _), product = jax.linearize(both, x)
+    return x0, *lax.map(product, v)
 
 
-def _jacobian(v: Probes, jv: Probes) -> Jacobian:
+def _jacobian(v: Probes, jv: Probes, posterior: Probes) -> Jacobian:
     dot = jax.vmap(inner)
     return Jacobian(
         v,
@@ -154,16 +176,23 @@ def _jacobian(v: Probes, jv: Probes) -> Jacobian:
         trace=dot(v, jv).sum(0),
         complement=dot(v, v - jv).sum(0),
         squared_norm=dot(jv, jv).sum(0),
+        posterior_trace=dot(v, posterior).sum(0),
+        posterior_squared_norm=dot(posterior, posterior).sum(0),
         directional=True,
     )
 
 
-def _every(stride: int, batch: int) -> tuple[Callable, Callable, Callable]:
+def _every(stride: int, x: Batch) -> tuple[Callable, Callable, Callable]:
     """Split (batch, ...) arrays into every stride-th row and the others, and put them together.
 
     By reshaping alone: a batch sharded in pieces that are multiples of the stride stays in place.
     """
-    stride = min(stride, batch)
+    batch, sharding = x.shape[0], jax.typeof(x).sharding
+    axes = sharding.spec[0] or ()  # of the mesh, where they are explicit
+    devices = math.prod(sharding.mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes))
+    stride = min(stride, batch // devices)
+    if devices > 1:
+        stride = math.gcd(stride, batch // devices)
     count = batch // stride
     cut = count * stride
 

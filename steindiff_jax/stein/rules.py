@@ -129,13 +129,17 @@ class PosteriorLength:
 
     The exact step is x_next = q x + (1 - q)(D + delta*) with delta* the way that the denoiser has
     still to go, and that cannot exceed what is uncertain: the posterior variance, by second-order
-    Tweedie V = E tr Cov[x0 | x] = sigma^2 E[tr J]. For a Gaussian posterior with Jacobian
-    eigenvalue l it is a known share of it, E|delta*|^2 = phi(l, q) V (`gaussian_share`); the
-    eigenvalue that weighs the variance is l = E|J|_F^2 / E[tr J], from the same probe. Where modes
-    are being chosen l grows beyond 1 and the share tends to that of two modes instead, which
-    `eigenvalue_max` stands for. So
+    Tweedie V = tr Cov[x0 | x] = sigma^2 tr J. For a Gaussian posterior with Jacobian eigenvalue l
+    it is a known share of it, |delta*|^2 = phi(l, q) V (`gaussian_share`); the eigenvalue that
+    weighs the variance is l = |J|_F^2 / tr J, from the same probe. It cannot reach 1 on Gaussian
+    data: where it does a mode is being chosen, and the share is that of two (`MODE_EIGENVALUE`).
+    Samples differ in that, so each has a share of its own:
 
-        length = sqrt(phi(min(l, eigenvalue_max), q) V / E|delta|^2).
+        length = sqrt(g E[phi(l, q) V] / E|delta|^2).
+
+    A guided denoiser is no posterior mean, but its conditional branch is, and V and l are those
+    of that one, J its Jacobian. Where the branch answers a change of x with J, guidance answers
+    with J_w, and makes the way longer alike: g = E|J_w|_F^2 / E|J|_F^2, from the same probe.
 
     The last step tells for free how far the solver's own length can be trusted: the evaluation
     that followed it gives delta anew, omega (D - D_previous) with omega the mean weight of the
@@ -144,14 +148,12 @@ class PosteriorLength:
         gamma = length ^ min(1, surprise / surprise_max),
         surprise = E|delta_previous - that|^2 / E|that|^2,  surprise_max = (1/2)^2.
 
-    As steps shrink surprise = O(step^2), so a third-order solver stays one. A guided denoiser is no
-    posterior mean: under strong guidance tr J is negative at large sigma, where the length is then
-    0 and the step first order. This project's rule.
+    As steps shrink surprise = O(step^2), so a third-order multistep solver stays one; a one-step
+    solver does if its first step, where nothing is known yet, is short. This project's rule.
     """
 
     gamma_min: Numeric = 0.0
     gamma_max: Numeric = 8.0
-    eigenvalue_max: Numeric = MODE_EIGENVALUE
     surprise_max: Numeric = 0.25
 
     def __post_init__(self) -> None:
@@ -172,9 +174,13 @@ class PosteriorLength:
         omega = exponential_moments(jnp.log(ratio)[None], 2)[0, 0]
         confirmed = omega * (local.x0 - before.x0)
         surprise = before.delta - confirmed
+        trace, norm = local.jacobian.posterior_trace, local.jacobian.posterior_squared_norm
+        eigenvalue = divide(norm, trace, 1.0)
+        eigenvalue = jnp.where(eigenvalue < 1, eigenvalue, MODE_EIGENVALUE)
         return (
-            local.jacobian.trace,
+            gaussian_share(eigenvalue, local.sigma_next / local.sigma) * trace,
             local.jacobian.squared_norm,
+            norm,
             inner(change, change),
             inner(noise, noise),
             inner(surprise, surprise),
@@ -182,11 +188,11 @@ class PosteriorLength:
         )
 
     def gamma(self, moments: Moments, sigma: Scalar, sigma_next: Scalar) -> Array:
-        trace, squared_norm, change, energy, surprise, confirmed = moments
-        tiny = jnp.finfo(trace.dtype).tiny
-        eigenvalue = divide(squared_norm, trace, self.eigenvalue_max)
-        share = gaussian_share(jnp.minimum(eigenvalue, self.eigenvalue_max), sigma_next / sigma)
-        length = jnp.sqrt(jnp.maximum(divide(share * trace, change, 1.0), tiny))
+        del sigma, sigma_next
+        left, guided, unguided, change, energy, surprise, confirmed = moments
+        tiny = jnp.finfo(left.dtype).tiny
+        left = left * divide(guided, unguided, 1.0)
+        length = jnp.sqrt(jnp.maximum(divide(left, change, 1.0), tiny))
         doubt = jnp.minimum(divide(surprise, confirmed, 1.0) / self.surprise_max, 1.0)
         length = jnp.clip(length, self.gamma_min, self.gamma_max)
         return jnp.where(adds_nothing(change, energy), 1.0, jnp.maximum(length, tiny) ** doubt)
