@@ -19,6 +19,7 @@ from steindiff_jax.grids import (
     log_snr_sigmas,
     time_sigmas,
 )
+from steindiff_jax.many import sample_many
 from steindiff_jax.sample import sample
 from steindiff_jax.schedules import EDM, Discrete, RectifiedFlow, VPCosine, VPLinear
 from steindiff_jax.solvers import (

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
+from jax.typing import ArrayLike
 from jaxtyping import Float
 
 from steindiff_jax._typing import Batch, Key, Numeric, Rows
@@ -34,8 +35,33 @@ def divide(a: Numeric, b: Numeric, otherwise: Numeric) -> Array:
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), otherwise)
 
 
+def one_each(key: Key) -> bool:
+    """Whether these are keys (batch,), one for each sample, rather than one key for all."""
+    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key.ndim > (0 if typed else 1)  # an old-style key is itself an array of two words
+
+
+def split(key: Key) -> tuple[Key, Key]:
+    """As `jax.random.split`; keys that are one for each sample are split one by one."""
+    each = jax.vmap(jax.random.split, out_axes=1) if one_each(key) else jax.random.split
+    first, second = each(key)
+    return first, second
+
+
+def fold_in(key: Key, data: ArrayLike) -> Key:
+    """As `jax.random.fold_in`; into each key where they are one for each sample."""
+    each = jax.vmap(jax.random.fold_in, (0, None)) if one_each(key) else jax.random.fold_in
+    return each(key, data)
+
+
 def sample_keys(key: Key, batch: int, axis_name: str | None = None) -> Key:
     """One key a sample, by its index in the whole batch, however that is spread; (batch,)."""
+    if one_each(key):
+        if key.shape[0] != batch:
+            raise ValueError(
+                f"key must be one key, or one for each of the {batch} samples, got {key.shape[0]}"
+            )
+        return key
     index = jnp.arange(batch)
     if axis_name is not None:
         index = index + batch * lax.axis_index(axis_name)

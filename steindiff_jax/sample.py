@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from steindiff_jax._numerics import accurate, sample_keys
+from steindiff_jax._numerics import accurate, fold_in, sample_keys, split
 from steindiff_jax._typing import (
     Batch,
     Denoiser,
@@ -48,7 +48,9 @@ def sample(
     that change in a pytree (`from_linen`, `from_nnx`, `jax.tree_util.Partial`).
 
     Args:
-      key: of `jax.random`, for the initial noise and for the solver's probes.
+      key: of `jax.random`, for the initial noise and for the solver's probes. Or keys (batch,), one
+        for each sample, whose draws then do not depend on the rest of the batch; a sharded array of
+        keys also shards the noise, and with it the samples.
       denoiser: (x, sigma) -> x0 estimate, with x = x0 + sigma * noise of shape (batch, *event).
       shape: (batch, *event) of noise to start from.
       sigmas: (steps + 1,) decreasing noise-to-signal ratios; end in 0 for clean samples. See
@@ -105,9 +107,10 @@ def _sample(
     remat: bool,
 ) -> Solution:
     denoiser, solver, record = _join(data, program)
-    key_noise, key_steps = jax.random.split(key)
+    key_noise, key_steps = split(key)
     if x_init is None:
-        keys = sample_keys(key_noise, shape[0])
+        # A solver that knows the mapped axis of the batch would else start every shard alike.
+        keys = sample_keys(key_noise, shape[0], getattr(solver, "axis_name", None))
         noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:], sigmas.dtype))(keys)
         x_init = sigmas[0] * noise
     _check_denoiser(denoiser, x_init, sigmas[0])
@@ -116,7 +119,7 @@ def _sample(
         index, sigma, sigma_next = inputs
 
         def advance(state: State) -> tuple[State, Any]:
-            key_step = jax.random.fold_in(key_steps, index)
+            key_step = fold_in(key_steps, index)
             state, step = solver.step(key_step, denoiser, state, sigma, sigma_next)
             finite = jnp.isfinite(state.x).all(axis=range(1, state.x.ndim))
             facts = (

@@ -11,10 +11,13 @@ import pytest
 from jax.scipy.stats import multivariate_normal
 
 import anatomy
+import cost
 import diversity
 import metrics
+import precision
 import problems
 import quality
+import quality_per_second
 import robustness
 
 
@@ -101,6 +104,24 @@ def test_modes_of_draws_and_of_a_collapse():
     shortfall = -np.log(entropy) * 2 * 20_000
     assert shortfall == pytest.approx(48, abs=5 * np.sqrt(2 * 48))
     assert diversity.modes(grid, np.tile(grid.means[3], (50, 1))) == pytest.approx((1 / 49, 1 / 49))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("script", "arguments", "prints"),
+    [
+        (cost, ["--tiny"], "| attention 4 | Hutchinson 1/32 |"),
+        (precision, ["--samples", "16", "--steps", "3", "--draws", "2"], "| 3 | probes | 1/32 |"),
+        (quality_per_second, ["--samples", "20", "--seeds", "1"], "| guidance 3 | UniPC-3 |"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_runs_with_a_network(script, arguments, prints, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "__file__", str(tmp_path / Path(script.__file__).name))
+    monkeypatch.setattr(sys, "argv", [script.__name__, *arguments])
+    with jax.enable_x64(False), jax.numpy_rank_promotion("allow"):
+        script.main()
+    assert prints in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -78,7 +78,8 @@ class Multistep:
 
     def init(self, x: Batch, sigmas: Sigmas) -> State:
         weights = self.weights(accurate(sigmas)).astype(x.dtype)
-        past = jnp.zeros((weights.shape[1], *x.shape), x.dtype)
+        # Zeros made from x are sharded as x is.
+        past = jnp.broadcast_to(jnp.zeros_like(x)[None], (weights.shape[1], *x.shape))
         return State(x, Memory(past, weights, jnp.zeros((), jnp.int32)))
 
     def step(

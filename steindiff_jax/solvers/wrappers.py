@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from steindiff_jax._numerics import standard_normal
+from steindiff_jax._numerics import split, standard_normal
 from steindiff_jax._typing import (
     Batch,
     Denoiser,
@@ -105,7 +105,7 @@ class Churn:
     def step(
         self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
     ) -> tuple[State, Step]:
-        key_noise, key_inner = jax.random.split(key)
+        key_noise, key_inner = split(key)
         x, raised = state.x, state.history
         inside = (self.sigma_min <= sigma) & (sigma <= self.sigma_max)
         # sigma_hat^2 - sigma^2 = sigma^2 gamma (2 + gamma)

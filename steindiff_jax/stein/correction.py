@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from steindiff_jax._numerics import accurate, batch_mean, expand, inner, sample_keys
+from steindiff_jax._numerics import accurate, batch_mean, expand, inner, sample_keys, split
 from steindiff_jax._typing import (
     Batch,
     Denoiser,
@@ -77,7 +77,7 @@ class Stein:
     def step(
         self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
     ) -> tuple[State, Step]:
-        key_inner, key_probe = jax.random.split(key)
+        key_inner, key_probe = split(key)
         keys = sample_keys(key_probe, state.x.shape[0], self.axis_name)
         x0, jacobian = self.divergence(keys, denoiser, state.x, sigma)
 
