@@ -1,0 +1,426 @@
+"""The other libraries behind one signature, and this one.
+
+`Peer.run` is (denoise, x, sigmas) -> x as in `formulas`, on arrays of the peer's own kind. Each
+library steps with its own code; of diffusers' schedulers the sigmas are replaced, and nothing else.
+A library that is not installed has no peers here.
+"""
+
+import importlib.util
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, partial
+
+import numpy as np
+
+import steindiff_jax as sd
+from peers import formulas, stabilisers
+
+
+@dataclass(frozen=True)
+class Peer:
+    """A sampler of a library.
+
+    run: (denoise, x, sigmas) -> x; stages: evaluations a step, of which the last step to 0 takes
+    one; arrays: "numpy", "torch" or "jax"; to_zero: whether its last step goes to 0 or to the
+    smallest level; own_grid: steps -> the library's own default sigmas, where it has any; only_own:
+    it takes no other; choices: parameters to tune; needs: what it wants to know of the data;
+    extra: steps that cost nothing; network: whether run on the network too, where of several
+    libraries' versions of one method one is enough.
+    """
+
+    library: str
+    method: str
+    run: Callable
+    stages: int = 1
+    arrays: str = "numpy"
+    to_zero: bool = True
+    own_grid: Callable[[int], np.ndarray] | None = None
+    choices: tuple[dict, ...] = ()
+    needs: tuple[str, ...] = ()
+    extra: int = 0
+    network: bool = True
+    only_own: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"{self.method} ({self.library})"
+
+    def steps(self, evaluations: int) -> int:
+        """As many as these evaluations allow."""
+        if self.to_zero:
+            return (evaluations - 1) // self.stages + 1 + self.extra
+        return evaluations // self.stages + self.extra
+
+
+def installed(name: str) -> bool:
+    return importlib.util.find_spec(name) is not None
+
+
+# Formulas
+
+
+def without_zero(steps: int) -> np.ndarray:
+    """diff-sampler's own grid: Karras's levels, the last step to the smallest of them."""
+    return np.asarray(sd.karras_sigmas(steps + 1), np.float64)[:-1]
+
+
+def of_formulas() -> list[Peer]:
+    k = partial(Peer, "k-diffusion's formulas")  # whose own grid is Karras's
+    d = partial(Peer, "diff-sampler's formulas", own_grid=without_zero)
+    peers = [
+        k("Euler", formulas.euler),
+        k("Heun", formulas.heun, stages=2),
+        k("DPM-2", formulas.dpm2, stages=2, network=False),
+        k("DPM++ 2S", formulas.dpmpp_2s, stages=2),
+        k("DPM++ 2M", formulas.dpmpp_2m),
+        k("DPM++ 3M", formulas.dpmpp_3m),
+        k("LMS-4", formulas.lms),
+        d("iPNDM-2", partial(formulas.ipndm, order=2)),
+        d("iPNDM-3", partial(formulas.ipndm, order=3)),
+        d("iPNDM-4", partial(formulas.ipndm, order=4)),
+    ]
+    for base, sampler in stabilisers.BASES.items():
+        made = partial(Peer, "stabiliser", network=base == "iPNDM-3")
+        scaled, clipped, first = (
+            partial(f, sampler)
+            for f in (stabilisers.scaled, stabilisers.thresholded, stabilisers.with_first)
+        )
+        peers += [
+            made(f"epsilon scaling, {base}", scaled, choices=(*stabilisers.SCALES,)),
+            made(
+                f"dynamic threshold, {base}",
+                clipped,
+                choices=(*stabilisers.QUANTILES,),
+                needs=("limit",),
+            ),
+            made(f"analytical first step, {base}", first, extra=1),
+        ]
+    for order in (1, 2):
+        run = partial(stabilisers.time_shift, order=order)
+        base = "DDIM" if order == 1 else "iPNDM-2"
+        peers.append(
+            Peer(
+                "stabiliser",
+                f"time shift, {base}",
+                run,
+                choices=(*stabilisers.SHIFTS,),
+                needs=("data_variance",),
+                network=order > 1,
+            )
+        )
+    lower = "lower-order-final, DPM++ 2M"
+    return [*peers, Peer("stabiliser", lower, stabilisers.LOWER, network=False)]
+
+
+# diffusers
+
+
+@cache
+def _made(name: str, options: tuple):
+    import diffusers
+
+    return getattr(diffusers, name)(**dict(options))
+
+
+def _scheduler(name: str, options: dict, sigmas):
+    """A scheduler of diffusers, made once, that steps through sigmas."""
+    import torch
+
+    scheduler = _made(name, tuple(options.items()))
+    steps = len(sigmas) - 1
+    scheduler.set_timesteps(steps)
+    scheduler.sigmas = torch.tensor(np.asarray(sigmas), dtype=torch.float32)
+    scheduler.timesteps = torch.arange(steps, 0, -1).float()
+    scheduler.num_inference_steps = steps
+    scheduler.set_begin_index(0)
+    return scheduler
+
+
+def preserving(name: str, options: dict, denoise, x, sigmas):
+    """The schedulers whose state is x / sqrt(1 + sigma^2), fed with x0."""
+    scheduler = _scheduler(name, {"prediction_type": "sample", **options}, sigmas)
+    state = x / math.hypot(1.0, sigmas[0])
+    for sigma, t in zip(sigmas, scheduler.timesteps, strict=False):
+        x0 = denoise(state * math.hypot(1.0, sigma), sigma)
+        state = scheduler.step(x0, t, state).prev_sample
+    return state * math.hypot(1.0, sigmas[-1])
+
+
+def exploding(name: str, options: dict, denoise, x, sigmas):
+    """Those whose state is x itself, fed with the noise."""
+    scheduler = _scheduler(name, options, sigmas)
+    for sigma, t in zip(sigmas, scheduler.timesteps, strict=False):
+        scheduler.is_scale_input_called = True
+        x = scheduler.step((x - denoise(x, sigma)) / sigma, t, x).prev_sample
+    return x
+
+
+def heun(denoise, x, sigmas):
+    """Heun, which lists every level but the first and last twice."""
+    import torch
+
+    scheduler = _scheduler("HeunDiscreteScheduler", {}, sigmas)
+    s = scheduler.sigmas
+    scheduler.sigmas = torch.cat([s[:1], s[1:-1].repeat_interleave(2), s[-1:]])
+    scheduler.timesteps = torch.arange(len(scheduler.sigmas) - 1, 0, -1).float()
+    for i, t in enumerate(scheduler.timesteps):
+        sigma = float(scheduler.sigmas[i])
+        x = scheduler.step((x - denoise(x, sigma)) / sigma, t, x).prev_sample
+    return x
+
+
+def edm(order: int, denoise, x, sigmas, sigma_data=0.5):
+    """EDM's scheduler, fed with the raw network's output of Karras et al., table 1."""
+    options = {"solver_order": order, "sigma_data": sigma_data}
+    scheduler = _scheduler("EDMDPMSolverMultistepScheduler", options, sigmas)
+    for sigma, t in zip(sigmas, scheduler.timesteps, strict=False):
+        norm = math.hypot(sigma, sigma_data)
+        raw = (denoise(x, sigma) - (sigma_data / norm) ** 2 * x) * norm / (sigma * sigma_data)
+        x = scheduler.step(raw, t, x).prev_sample
+    return x
+
+
+def ipndm(denoise, x, sigmas):
+    """IPNDMScheduler, whose state and output are those of an angle, alpha noise - sigma x0."""
+    scheduler = _scheduler("IPNDMScheduler", {}, sigmas)
+    scheduler.alphas = 1 / (1 + scheduler.sigmas**2).sqrt()
+    scheduler.betas = scheduler.sigmas * scheduler.alphas
+    state = x / math.hypot(1.0, sigmas[0])
+    for sigma, t in zip(sigmas, scheduler.timesteps, strict=False):
+        norm = math.hypot(1.0, sigma)
+        x0 = denoise(state * norm, sigma)
+        noise = (state * norm - x0) / sigma
+        state = scheduler.step((noise - sigma * x0) / norm, t, state).prev_sample
+    return state * math.hypot(1.0, sigmas[-1])
+
+
+def default_sigmas(name: str, options: dict, steps: int) -> np.ndarray:
+    """What the scheduler itself sets for so many steps."""
+    scheduler = _made(name, tuple(options.items()))
+    scheduler.set_timesteps(steps)
+    return scheduler.sigmas.double().numpy()
+
+
+def of_diffusers() -> list[Peer]:
+    def made(method, name, call=preserving, own=True, **rest):
+        options = rest.pop("options", {})
+        grid = partial(default_sigmas, name, options) if own else None
+        run = partial(call, name, options)
+        return Peer("diffusers", method, run, arrays="torch", own_grid=grid, **rest)
+
+    dpm, unipc = "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"
+    with_zero = {"final_sigmas_type": "zero"}
+    torch_peer = partial(Peer, "diffusers", arrays="torch")
+    return [
+        made("DPM++ 2M", dpm, options={"solver_order": 2, **with_zero}),
+        made("DPM++ 3M", dpm, options={"solver_order": 3, **with_zero}),
+        made("UniPC-2", unipc, options={"solver_order": 2, **with_zero}),
+        made("UniPC-3", unipc, options={"solver_order": 3, **with_zero}),
+        made(
+            "DEIS-3",
+            "DEISMultistepScheduler",
+            own=False,
+            to_zero=False,
+            options={"solver_order": 3},
+        ),
+        made("Euler", "EulerDiscreteScheduler", exploding, network=False),
+        made("LMS-4", "LMSDiscreteScheduler", exploding, own=False, network=False),
+        torch_peer("Heun", heun, stages=2, network=False),
+        torch_peer("EDM DPM++ 2M", partial(edm, 2), network=False),
+        torch_peer("iPNDM-4", ipndm, network=False),
+    ]
+
+
+# azula
+
+
+@cache
+def _azula():
+    import torch
+    from azula import denoise, noise
+
+    class Table(noise.Schedule):
+        """The given sigmas at equidistant times from 1 to 0."""
+
+        def __init__(self, sigmas):
+            self.sigmas = torch.tensor(np.asarray(sigmas))
+
+        def __call__(self, t):
+            index = ((1 - t) * (len(self.sigmas) - 1)).round().long()
+            sigma = self.sigmas.to(t)[index]
+            return torch.ones_like(sigma), sigma
+
+    class Given(denoise.Denoiser):
+        def __init__(self, function, sigmas):
+            super().__init__()
+            self.function, self.schedule = function, Table(sigmas)
+
+        def forward(self, x_t, t):
+            sigma = self.schedule(t)[1]
+            return denoise.DiracPosterior(mean=self.function(x_t, float(sigma)))
+
+    return Given
+
+
+def azula(sampler: str, options: dict, denoise, x, sigmas):
+    import torch
+    from azula import sample
+
+    given = _azula()(denoise, sigmas)
+    steps = len(sigmas) - 1
+    made = getattr(sample, sampler)(given, steps=steps, silent=True, dtype=torch.float64, **options)
+    return made(x)
+
+
+def azula_sigmas(steps: int) -> np.ndarray:
+    """Equidistant times of azula's variance-preserving schedule, its first and the usual one."""
+    import torch
+    from azula import noise
+
+    alpha, sigma = noise.VPSchedule()(torch.linspace(1.0, 0.0, steps + 1, dtype=torch.float64))
+    return (sigma / alpha).numpy()
+
+
+def of_azula() -> list[Peer]:
+    methods = {
+        "AB-3": ("zABSampler", {"order": 3}, True),
+        "v-AB-3": ("vABSampler", {"order": 3}, True),
+        # On a grid that ends in 0 these return NaN.
+        "z-EAB-3": ("zEABSampler", {"order": 3}, False),
+        "x-EAB-2": ("xEABSampler", {"order": 2}, False),
+        "x-EAB-3": ("xEABSampler", {"order": 3}, True),
+    }
+    peers = [
+        Peer(
+            "azula",
+            method,
+            partial(azula, name, options),
+            arrays="torch",
+            to_zero="EAB" not in method,
+            own_grid=azula_sigmas,
+            network=network,
+        )
+        for method, (name, options, network) in methods.items()
+    ]
+    run = partial(azula, "HeunSampler", {})
+    return [*peers, Peer("azula", "Heun", run, 2, "torch", to_zero=False, network=False)]
+
+
+# diffrax
+
+
+@cache
+def _diffrax_step(name: str):
+    """(denoiser, x, sigma, sigma_next) -> x by one step of the solver, in increasing -sigma."""
+    import diffrax
+    import jax
+
+    solver = getattr(diffrax, name)()
+
+    @jax.jit
+    def step(denoiser, x, sigma, sigma_next):
+        term = diffrax.ODETerm(lambda t, x, _: (x - denoiser(x, -t)) / t)
+        state = solver.init(term, -sigma, -sigma_next, x, None)
+        return solver.step(term, -sigma, -sigma_next, x, None, state, made_jump=False)[0]
+
+    return step
+
+
+def diffrax(name: str, denoise, x, sigmas):
+    """Steps of a plain solver on dx/dsigma = (x - D) / sigma, and the denoiser where that ends."""
+    step = _diffrax_step(name)
+    for i in range(len(sigmas) - 2):
+        x = step(denoise.denoiser, x, x.dtype.type(sigmas[i]), x.dtype.type(sigmas[i + 1]))
+    return denoise(x, sigmas[-2])
+
+
+def of_diffrax() -> list[Peer]:
+    # Bosh3 and Tsit5 hand their last stage on; called step by step it is computed anew, so it is
+    # not counted, but for the first.
+    made = partial(Peer, "diffrax", arrays="jax", network=False)
+    return [
+        made("Heun", partial(diffrax, "Heun"), stages=2),
+        made("Bosh3", partial(diffrax, "Bosh3"), stages=3),
+        made("Tsit5", partial(diffrax, "Tsit5"), stages=6),
+    ]
+
+
+# The Flax schedulers of older diffusers
+
+
+@cache
+def flax_step(solver_order: int, steps: int):
+    """(x_next, state) of the scheduler's step, its first state, and its timesteps and levels."""
+    import jax
+    from diffusers import FlaxDPMSolverMultistepScheduler as Scheduler
+
+    scheduler = Scheduler(solver_order=solver_order, prediction_type="sample")
+    first = scheduler.create_state()
+    alphas = np.asarray(first.common.alphas_cumprod, np.float64)
+    times = np.asarray(scheduler.set_timesteps(first, steps, (1,)).timesteps)
+    levels = np.sqrt((1 - alphas) / alphas)
+    step = jax.jit(lambda state, x0, t, x: scheduler.step(state, x0, t, x, return_dict=False))
+    return scheduler, first, step, times, levels
+
+
+def flax(solver_order: int, denoise, x, sigmas):
+    """Its own grid alone: the levels come with the timesteps."""
+    scheduler, first, step, times, levels = flax_step(solver_order, len(sigmas) - 1)
+    state = scheduler.set_timesteps(first, len(times), x.shape)
+    x = x / math.hypot(1.0, sigmas[0])
+    for t in times:
+        x0 = denoise(x * math.hypot(1.0, levels[t]), float(levels[t]))
+        x, state = step(state, x0, t, x)
+    return x * math.hypot(1.0, sigmas[-1])
+
+
+def flax_sigmas(solver_order: int, steps: int) -> np.ndarray:
+    *_, times, levels = flax_step(solver_order, steps)
+    return levels[np.append(times, 0)]
+
+
+def of_flax() -> list[Peer]:
+    return [
+        Peer(
+            "diffusers Flax 0.39",
+            f"DPM++ {order}M",
+            partial(flax, order),
+            arrays="jax",
+            own_grid=partial(flax_sigmas, order),
+            only_own=True,
+        )
+        for order in (2, 3)
+    ]
+
+
+def peers(with_flax: bool = False) -> list[Peer]:
+    """Those that can run here; or the Flax schedulers, which need a diffusers of their own."""
+    if with_flax:
+        return of_flax()
+    found = of_formulas()
+    if installed("diffusers") and installed("torch"):
+        found += of_diffusers()
+    if installed("azula") and installed("torch"):
+        found += of_azula()
+    if installed("diffrax"):
+        found += of_diffrax()
+    return found
+
+
+# This library
+
+SOLVERS = {
+    "DPM++ 2M": sd.DPMpp2M(),
+    "DPM++ 3M": sd.DPMpp3M(),
+    "UniPC-3": sd.UniPC(3),
+    "DEIS-3": sd.DEIS(3),
+    "iPNDM-2": sd.IPNDM(2),
+    "iPNDM-3": sd.IPNDM(3),
+    "iPNDM-4": sd.IPNDM(4),
+}
+OURS = {
+    "default": None,
+    **SOLVERS,
+    **{f"Stein {name}": sd.Stein(solver) for name, solver in SOLVERS.items()},
+}
