@@ -130,16 +130,28 @@ VARIANTS = {
 }
 
 
+ESTIMATORS = {
+    "one probe each": sd.Hutchinson(),
+    "one probe on 1/8": sd.Hutchinson(fraction=1 / 8),
+    "one probe on 1/32": sd.Hutchinson(fraction=1 / 32),
+    "no probe: `Tweedie`": sd.Tweedie(),
+}
+
+
 def solvers(inner: sd.Solver, divergence) -> dict[str, sd.Solver]:
     corrected = {name: sd.Stein(inner, rule, divergence) for name, rule in VARIANTS.items()}
     best = corrected["as it is"]
-    return corrected | {
+    estimated = {
+        name: sd.Stein(inner, best.rule, estimator) for name, estimator in ESTIMATORS.items()
+    }
+    corrected |= {
         "self-consistent, gated by gamma": SelfConsistent(best),
         "self-consistent in full": SelfConsistent(best, gated=0.0),
     }
+    return corrected | estimated
 
 
-def measure(name: str, n: int) -> dict:
+def measure(name: str, n: int, variants: list[str]) -> dict:
     """(variant, solver) -> logs of corrected / plain."""
     network = name == NETWORK
     jax.config.update("jax_enable_x64", not network)
@@ -149,7 +161,10 @@ def measure(name: str, n: int) -> dict:
     for s in SOLVERS:
         inner = quality.SOLVERS[s]
         estimator = sd.Hutchinson() if network else problems.Analytic()
-        runs = {"plain": inner} | solvers(inner, estimator)
+        chosen = {
+            v: r for v, r in solvers(inner, estimator).items() if not variants or v in variants
+        }
+        runs = {"plain": inner} | chosen
         for (variant, solver), grid in itertools.product(runs.items(), quality.GRIDS.values()):
             for k in STEPS:
                 solution = sd.sample(
@@ -171,9 +186,11 @@ def measure(name: str, n: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--problems", nargs="*", default=PROBLEMS)
+    parser.add_argument("--variants", nargs="*", default=[], help="default all")
     parser.add_argument("--samples", type=int, default=400)
     arguments = parser.parse_args()
-    found = {name: measure(name, arguments.samples) for name in tqdm(arguments.problems)}
+    sizes = arguments.samples, arguments.variants
+    found = {name: measure(name, *sizes) for name in tqdm(arguments.problems)}
     variants = list(dict.fromkeys(v for v, _ in next(iter(found.values()))))
 
     def cell(logs) -> str:
