@@ -18,8 +18,8 @@ import metrics
 import problems
 import quality
 import steindiff_jax as sd
-from steindiff_jax._numerics import divide, exponential_moments
-from steindiff_jax.stein.rules import MODE_EIGENVALUE, Local, gaussian_share
+from steindiff_jax._numerics import divide
+from steindiff_jax.stein.rules import MODE_EIGENVALUE, Local, gaussian_share, mean_weight
 
 STEPS = (4, 6, 10)
 SOLVERS = ("2M", "3M", "iPNDM-3")
@@ -92,9 +92,8 @@ class SelfConsistent:
         history, x, x0, before, g = state.history
         keys = jax.random.split(key, len(x))
         known = self.inner.divergence(keys, denoiser, state.x, sigma)
-        ratio = jnp.where(before > 0, before, sigma) / sigma
-        omega = exponential_moments(jnp.log(ratio)[None], 2)[0, 0]
-        q = 1 / ratio
+        omega = mean_weight(before, sigma)
+        q = sigma / jnp.where(before > 0, before, sigma)
         corrected = q * x + (1 - q) * (x0 + g * omega * (known[0] - x0))
         now = jnp.where(before > 0, corrected, state.x)
         stein = sd.Stein(self.inner.inner, self.inner.rule, Known(*known))

@@ -84,6 +84,9 @@ class Results:
         self.results = results
         self.problems = list(dict.fromkeys(k[0] for k in results))
         self.seeds = sorted({k[-1] for k in results})
+        steps = {p: {k[4] for k in results if k[0] == p} for p in self.problems}
+        most = max(map(len, steps.values()))
+        self.whole = [p for p in self.problems if len(steps[p]) == most]
 
     def ratio(self, correction: str, **where: str | int) -> tuple[float, float]:
         """Geometric mean of corrected / plain, and the half-width of its interval over seeds."""
@@ -112,10 +115,7 @@ class Results:
 
     def mean(self, solver: str, correction: str, steps: int) -> float:
         """Distance, over the problems that were measured at every number of steps."""
-        found = {(k[0], k[4]) for k in self.results}
-        most = max(sum(p == problem for p, _ in found) for problem in self.problems)
-        whole = [q for q in self.problems if sum(p == q for p, _ in found) == most]
-        where = {(q, solver, correction, steps) for q in whole}
+        where = {(p, solver, correction, steps) for p in self.whole}
         return metrics.geometric_mean(
             [v for k, v in self.results.items() if (*k[:3], k[4]) in where]
         )
@@ -175,7 +175,7 @@ def plot(results: Results, path: Path) -> None:
                 values = [results.mean(s, c, k) for k in steps]
                 label = s if c == "plain" else None
                 axis.loglog(steps, values, style, color=f"C{i % 10}", label=label, lw=1)
-    axis.set(xlabel="steps (dashed plain, solid corrected)", ylabel="sliced-W2", xticks=steps)
+    axis.set(xlabel="steps (dashed plain, solid corrected)", ylabel="sliced-W2")
     axis.set_xticks(steps, steps)
     axis.minorticks_off()
     axis.legend(ncols=3, fontsize="small")

@@ -16,9 +16,7 @@ from jax.typing import ArrayLike
 
 from steindiff_jax._typing import Denoiser, Key, Numeric, Solver
 from steindiff_jax.denoisers import rows
-from steindiff_jax.sample import sample
-from steindiff_jax.solvers import IPNDM
-from steindiff_jax.stein import Stein
+from steindiff_jax.sample import DEFAULT, sample
 from steindiff_jax.stein.calibration import describe, fingerprint
 
 
@@ -68,7 +66,7 @@ def sample_many(
     if n < 1 or batch_size < 1:
         raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
     size = min(batch_size, n)
-    solver = Stein(IPNDM(3)) if solver is None else solver
+    solver = DEFAULT if solver is None else solver
     denoiser = rows(denoiser, partial(_on_host, n=n))
     spans = _own_rows(sharding, size)
 

@@ -27,6 +27,8 @@ from steindiff_jax.grids import check_sigmas
 from steindiff_jax.solvers import IPNDM
 from steindiff_jax.stein import Stein
 
+DEFAULT = Stein(IPNDM(3))
+
 
 def sample(
     key: Key,
@@ -71,7 +73,7 @@ def sample(
         raise nothing: they are marked in info.finite and left out of the statistics.
     """
     sigmas = accurate(check_sigmas(sigmas))
-    solver = Stein(IPNDM(3)) if solver is None else solver
+    solver = DEFAULT if solver is None else solver
     if not isinstance(sigmas, Tracer):  # a solver tied to one grid, such as `Calibrated`
         getattr(solver, "check", lambda _: None)(sigmas)
     if x_init is None:

@@ -170,9 +170,7 @@ class PosteriorLength:
         noise = (local.x - local.x0) / local.sigma
         before = local.previous
         # At the start there is no step before, and delta_previous = 0 is all surprise.
-        ratio = jnp.where(before.sigma > 0, before.sigma, local.sigma) / local.sigma
-        omega = exponential_moments(jnp.log(ratio)[None], 2)[0, 0]
-        confirmed = omega * (local.x0 - before.x0)
+        confirmed = mean_weight(before.sigma, local.sigma) * (local.x0 - before.x0)
         surprise = before.delta - confirmed
         trace, norm = local.jacobian.posterior_trace, local.jacobian.posterior_squared_norm
         eigenvalue = divide(norm, trace, 1.0)
@@ -253,6 +251,12 @@ class CleanTarget:
         drift, divergence, energy = moments
         _, alpha, sigma_t = self.schedule.at(sigma)
         return divide((1 - 1 / alpha) * drift + sigma_t**2 / alpha * divergence, energy, 1.0)
+
+
+def mean_weight(before: Scalar, sigma: Scalar) -> Array:
+    """Omega, the mean weight of the exponential integral from `before` to sigma; 0: no step."""
+    ratio = jnp.where(before > 0, before, sigma) / sigma
+    return exponential_moments(jnp.log(ratio)[None], 2)[0, 0]
 
 
 def first_order(local: Local) -> Batch:
