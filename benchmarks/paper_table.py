@@ -1,0 +1,137 @@
+"""The experiment of the paper's table: FID against evaluations, plain and corrected.
+
+    python paper_table.py                  # dry run: the digits in a classifier's features, minutes
+    python paper_table.py ddpm-ema-bedroom-256 --reference bedroom --features inception.pt
+    python paper_table.py ddpm-cifar10-32 --reference cifar10-32x32.npz --features inception.pt
+
+50,000 samples for each cell of {solver} x {EDM, log-SNR grid} x {5, 6, 8, 10, 20 evaluations} x
+{plain, the default rule, the paper's}, from a folder of diffusers (`load_diffusers`; a network that
+knows classes is asked for all in turn). Reference and features as in fid.py; latents need a
+`module:function` that decodes them first. A finished cell is written to the --output at once and
+not computed again by a run that is started anew. Everything streams: no image is kept.
+"""
+
+import argparse
+import csv
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+import digits
+import fid
+import metrics
+import steindiff_jax as sd
+
+EVALUATIONS = (5, 6, 8, 10, 20)
+GRIDS = {"EDM": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
+SOLVERS = {
+    "2M": sd.DPMpp2M(),
+    "3M": sd.DPMpp3M(),
+    "UniPC-3": sd.UniPC(3),
+    "Heun": sd.Heun(),
+    "iPNDM-3": sd.IPNDM(3),
+}
+CORRECTIONS = {
+    "plain": lambda solver: solver,
+    "default": sd.Stein,
+    "paper": lambda solver: sd.Stein(solver, sd.CleanTarget(), sd.Hutchinson(fraction=1 / 8)),
+}
+
+
+def checkpoint(options: argparse.Namespace) -> tuple[sd.Denoiser, tuple[int, ...], dict]:
+    """Denoiser of the samples, shape of one, and the ends of the noise levels that it knows."""
+    from steindiff_jax.interop.checkpoints import load_diffusers
+
+    found = load_diffusers(options.checkpoint)
+    module, betas = found.module, getattr(found.schedule, "betas", None)
+    classes = getattr(module, "num_class_embeds", None) or getattr(module, "num_embeds_ada_norm", 0)
+    cond = {"class_labels": np.arange(options.samples) % classes} if classes else {}
+    denoiser = sd.from_linen(**found._asdict(), cond=cond)
+    ends = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max}
+    if betas is not None:  # the first and the last level that it was trained on
+        ratios = found.schedule.ratio(np.array([0.0, len(betas) - 1.0]))
+        ends = {name: ends[name] or float(r) for name, r in zip(ends, ratios, strict=True)}
+    event = (options.size, options.size, module.in_channels)
+    ends = {name: end for name, end in ends.items() if end}
+    return sd.StaticThreshold(denoiser) if options.clip else denoiser, event, ends
+
+
+def steps(solver: str, evaluations: int) -> int:
+    """Heun takes two evaluations a step, one in the last."""
+    return (evaluations + 1) // 2 if solver == "Heun" else evaluations
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", nargs="?", help="folder; none: the digits")
+    parser.add_argument("--reference", help="folder, or .npz of mu and sigma")
+    parser.add_argument("--features", help="file.pt, folder of transformers, module:function")
+    parser.add_argument("--size", type=int, default=32, help="pixels along a side")
+    parser.add_argument("--samples", type=int)
+    parser.add_argument("--batch", type=int, default=500)
+    parser.add_argument("--clip", action="store_true", help="x0 to [-1, 1], as DDPM's pipelines do")
+    parser.add_argument("--sigma-min", type=float)
+    parser.add_argument("--sigma-max", type=float)
+    parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=[*SOLVERS])
+    parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
+    parser.add_argument("--output", type=Path, help="default here, named by what is sampled")
+    options = parser.parse_args()
+    options.samples = options.samples or (50_000 if options.checkpoint else 1_000)
+    name = f"paper_table-{Path(options.checkpoint or 'digits').name}-{options.samples}.csv"
+    output = options.output or Path(__file__).with_name(name)
+    if options.checkpoint is None:
+        print("dry run: features of a classifier of these digits; no published FID compares")
+        features, scans = fid.digits_classifier(), digits.images()[0]
+        reference, event, ends = fid.statistics([scans], features), scans.shape[1:], {}
+        denoiser = digits.load(np.arange(options.samples) % 10)
+    else:
+        if not (options.reference and options.features):
+            parser.error("a checkpoint needs --reference and --features")
+        denoiser, event, ends = checkpoint(options)
+        features = fid.load_features(options.features)
+        reference = fid.load_reference(options.reference, features)
+
+    done = {}
+    if output.exists():
+        with output.open(newline="") as file:
+            done = {tuple(row[:4]): row[4:] for row in csv.reader(file)}
+    names = itertools.product(options.solvers, GRIDS, options.evaluations, CORRECTIONS)
+    for s, g, evaluations, c in tqdm(list(names)):
+        if (cell := (s, g, str(evaluations), c)) in done:
+            continue
+        k, most = (steps(s, n) for n in (evaluations, max(options.evaluations)))
+        samples = sd.sample_many(
+            jax.random.key(0),
+            denoiser,
+            options.samples,
+            options.batch,
+            event,
+            sigmas=jnp.pad(GRIDS[g](k, **ends), (0, most - k)),  # one program for all grids
+            solver=CORRECTIONS[c](SOLVERS[s]),
+        )
+        done[cell] = fid.cells(reference, fid.statistics(samples, features))
+        with output.open("a", newline="") as file:
+            csv.writer(file).writerow([*cell, *done[cell]])
+    print(table(done, options))
+
+
+def table(done: dict, options: argparse.Namespace) -> str:
+    """Fréchet distances, plain / default / paper, the best of each column in bold."""
+    rows = []
+    columns = [(g, str(n)) for g in GRIDS for n in options.evaluations]
+    best = {
+        column: min((float(v[0]) for (_, *k, _), v in done.items() if tuple(k) == column))
+        for column in columns
+    }
+    for s, c in itertools.product(options.solvers, CORRECTIONS):
+        found = [(float(done[s, *column, c][0]), best[column]) for column in columns]
+        rows.append([s, c, *(f"**{v:.3f}**" if v == low else f"{v:.3f}" for v, low in found)])
+    return metrics.table(["solver", "", *(f"{g} {n}" for g, n in columns)], rows)
+
+
+if __name__ == "__main__":
+    main()
