@@ -225,8 +225,13 @@ def _run(name: str, guidance: float, sizes: Sizes, with_flax: bool) -> list[Row]
                     raise AssertionError(f"{peer.name} took {calls} of {budget} evaluations")
                 add("peer", peer.name, grid, budget, seed, x, tuning)
     for (method, solver), budget, seed in itertools.product(
-        () if with_flax else libraries.OURS.items(), budgets, range(sizes.seeds)
+        () if with_flax else (libraries.OURS | libraries.CLIPPED).items(),
+        budgets,
+        range(sizes.seeds),
     ):
+        denoiser = problem.denoiser
+        if method in libraries.CLIPPED:
+            denoiser = sd.DynamicThreshold(denoiser, limit=facts["limit"])
         corrected = solver is None or isinstance(solver, sd.Stein)
         if on_network and not corrected:
             continue  # the mixtures show these to be the peers' own methods
@@ -235,7 +240,7 @@ def _run(name: str, guidance: float, sizes: Sizes, with_flax: bool) -> list[Row]
             padded = np.pad(sigmas, (0, max(budgets) + 1 - budget))  # one program for all
             solution = sd.sample(
                 jax.random.key(seed),
-                problem.denoiser,
+                denoiser,
                 sigmas=padded.astype(start.dtype),
                 solver=solver,
                 x_init=start.dtype.type(sigmas[0]) * start,
