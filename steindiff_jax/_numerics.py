@@ -20,6 +20,16 @@ def accurate(x: Array) -> Array:
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
+def check_batch(name: str, x: ArrayLike, *, empty: bool = False) -> Array:
+    """Samples in `accurate`, or a ValueError for anything but numbers (batch, *event)."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
+    if x.ndim < 1 or not (x.size or empty):
+        raise ValueError(f"{name} must have shape (batch, *event), got {x.shape}")
+    return accurate(x)
+
+
 def inner(a: Batch, b: Batch) -> Rows:
     """Inner product of each sample of a with the same sample of b; (batch,)."""
     return jnp.sum(accurate(a) * accurate(b), axis=range(1, a.ndim))
@@ -74,13 +84,21 @@ def standard_normal(key: Key, x: Batch) -> Batch:
     return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
 
 
-def batch_mean(rows: Float[Array, "batch k"], axis_name: str | None = None) -> Float[Array, " k"]:
+def batch_mean(
+    rows: Float[Array, "batch k"], axis_name: str | None = None, group: int = 1
+) -> Float[Array, " k"]:
     """Mean over the finite rows of (batch, k), over all devices on `axis_name` if given; (k,).
 
     One sum of one array, so that the whole step costs at most one all-reduce. A sample that
-    is not finite is left out, or it would spoil every other one.
+    is not finite is left out, or it would spoil every other one, and with it those `group` rows of
+    which one was probed for all: without the others, or on their own, they would be biased.
     """
     finite = jnp.isfinite(rows).all(axis=1, keepdims=True)
+    if group > 1:
+        cut = finite.shape[0] // group * group  # the rest is in no group
+        whole = finite[:cut].reshape(cut // group, group, 1).all(axis=1, keepdims=True)
+        whole = jnp.broadcast_to(whole, (cut // group, group, 1)).reshape(cut, 1)
+        finite = jnp.concatenate([whole, finite[cut:]])
     kept = jnp.concatenate([jnp.where(finite, rows, 0), finite.astype(rows.dtype)], axis=1)
     total = kept.sum(axis=0)
     if axis_name is not None:

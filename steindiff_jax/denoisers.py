@@ -15,7 +15,17 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from steindiff_jax._numerics import accurate, expand
-from steindiff_jax._typing import Batch, Denoiser, Numeric, Scalar, pytree, static
+from steindiff_jax._typing import (
+    Batch,
+    Denoiser,
+    Numeric,
+    Scalar,
+    check_fields,
+    check_number,
+    number,
+    pytree,
+    static,
+)
 
 
 @runtime_checkable
@@ -41,22 +51,23 @@ PREDICTIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
 class Network:
     """A network as a denoiser; made by `from_linen`, `from_nnx`, or by hand.
 
-    apply: (parameters, x, t, **cond) -> F, hashable; parameters: any pytree of arrays;
-    cond: arrays (batch, ...), one row for each sample.
+    Attributes:
+      apply: (parameters, x, t, **cond) -> F, hashable.
+      parameters: any pytree of arrays.
+      schedule: see `from_linen`.
+      prediction: see `from_linen`.
+      sigma_data: see `from_linen`.
+      cond: arrays (batch, ...), one row for each sample.
     """
 
     apply: Callable[..., Array] = static()
     parameters: Any
     schedule: Schedule
-    prediction: str = static()
-    sigma_data: Numeric = 0.5
+    prediction: str = static(choices=(*PREDICTIONS, "edm"))
+    sigma_data: Numeric = number(default=0.5, within="(0, inf)")
     cond: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        if self.prediction != "edm" and self.prediction not in PREDICTIONS:
-            raise ValueError(
-                f"prediction must be one of {[*PREDICTIONS, 'edm']}, got {self.prediction!r}"
-            )
+    __post_init__ = check_fields
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
         for name, value in self.cond.items():
@@ -219,11 +230,11 @@ class GuidedNetwork:
 
         # Branches alternate row by row, so that a sharded batch stays where it is.
         def both(c: Array, u: Array) -> Array:
-            return jnp.stack([c, u], axis=1).reshape(-1, *jnp.shape(c)[1:])
+            return jnp.stack([c, u], axis=1).reshape(2 * c.shape[0], *c.shape[1:])
 
         cond = jax.tree.map(both, dict(self.network.cond), dict(self.unconditional))
         d = dataclasses.replace(self.network, cond=cond)(both(x, x), sigma)
-        d_c, d_u = jnp.moveaxis(d.reshape(-1, 2, *x.shape[1:]), 1, 0)
+        d_c, d_u = jnp.moveaxis(d.reshape(x.shape[0], 2, *x.shape[1:]), 1, 0)
         return d_u + self.scale * (d_c - d_u), d_c
 
     def rows(self, take: Callable[[Array], Array]) -> "GuidedNetwork":
@@ -241,6 +252,7 @@ def guided(
     `cond` (same network, same arrays of weights) are evaluated in one batched network call. The
     result is no posterior mean, though made of one (`with_posterior`): `Tweedie` is biased.
     """
+    check_number("scale", scale, "(-inf, inf)")
     if (
         isinstance(conditional, Network)
         and isinstance(unconditional, Network)
@@ -255,7 +267,9 @@ class StaticThreshold:
     """The denoiser with x0 clipped to [-limit, limit], for data known to lie there."""
 
     denoiser: Denoiser
-    limit: Numeric = 1.0
+    limit: Numeric = number(default=1.0, within="(0, inf)")
+
+    __post_init__ = check_fields
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
         return self.with_posterior(x, sigma)[0]
@@ -280,8 +294,10 @@ class DynamicThreshold:
     """
 
     denoiser: Denoiser
-    quantile: Numeric = 0.995
-    limit: Numeric = 1.0
+    quantile: Numeric = number(default=0.995, within="[0, 1]")
+    limit: Numeric = number(default=1.0, within="(0, inf)")
+
+    __post_init__ = check_fields
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
         return self.with_posterior(x, sigma)[0]
@@ -289,6 +305,8 @@ class DynamicThreshold:
     def with_posterior(self, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
         """See the function of that name."""
         x0, posterior = with_posterior(self.denoiser, x, sigma)
+        if not x0.size:
+            return x0, posterior
         size = accurate(jnp.abs(x0)).reshape(x0.shape[0], -1)
         s = jnp.maximum(jnp.quantile(size, self.quantile, axis=1), self.limit)
         s = expand(s, x0).astype(x0.dtype)

@@ -21,7 +21,15 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-from steindiff_jax._numerics import accurate, divide, expand, inner, sample_keys, standard_normal
+from steindiff_jax._numerics import (
+    accurate,
+    check_batch,
+    divide,
+    expand,
+    inner,
+    sample_keys,
+    standard_normal,
+)
 from steindiff_jax._typing import (
     Batch,
     Denoiser,
@@ -34,6 +42,8 @@ from steindiff_jax._typing import (
     Solver,
     State,
     Step,
+    check_count,
+    check_number,
 )
 from steindiff_jax.denoisers import Schedule
 from steindiff_jax.grids import check_sigmas
@@ -41,6 +51,7 @@ from steindiff_jax.schedules import EDM
 from steindiff_jax.stein.calibration import freeze
 from steindiff_jax.stein.correction import Stein
 from steindiff_jax.stein.divergence import Divergence, Hutchinson, Tweedie
+from steindiff_jax.stein.rules import check_clip
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -55,10 +66,13 @@ PerStepAndSample = Float[Array, "steps batch"]
 
 
 class SpectralNorm(NamedTuple):
-    """value: (batch,) estimate of |J|_2, never above it; residual: (batch,) convergence report.
+    """Largest singular value of each sample's Jacobian J.
 
-    residual = |J^T J v - value^2 v| / value^2: some singular value of J has a square within this
-    share of value^2; 0 where J is 0. At most a few percent is as good as converged.
+    Attributes:
+      value: (batch,) estimate of |J|_2, never above it.
+      residual: (batch,) convergence report, |J^T J v - value^2 v| / value^2: some singular value of
+        J has a square within this share of value^2; 0 where J is 0. At most a few percent is as
+        good as converged.
     """
 
     value: Rows
@@ -82,6 +96,7 @@ def spectral_norm(
     Raises:
       ValueError: for fewer than one iteration.
     """
+    check_batch("x", x)
     return _power_iteration(function, x, standard_normal(key, x), iterations)[0]
 
 
@@ -89,8 +104,7 @@ def _power_iteration(
     function: Callable[[Batch], Batch], x: Batch, start: Batch, iterations: int
 ) -> tuple[SpectralNorm, Batch]:
     """The norm and the unit v of its |J v|, which never falls from one iteration to the next."""
-    if iterations < 1:
-        raise ValueError(f"iterations must be at least 1, got {iterations}")
+    check_count("iterations", iterations)
     _, forward = jax.linearize(function, x)
     backward = jax.linear_transpose(forward, x)
 
@@ -115,10 +129,13 @@ def _unit(v: Batch) -> Batch:
 class Contractivity(NamedTuple):
     """Local Lipschitz constants along a trajectory, each (steps, batch).
 
-    sigma: (steps + 1,) the grid; denoiser: L_D, at the start of each step; step: L_T, of
-    the solver's step with its history and gamma held fixed; certificate: q + (1 - q) L_D with
-    q = sigma_next / sigma, which bounds L_T of a first-order step; residual: the worse of the two
-    convergence reports, see `SpectralNorm`.
+    Attributes:
+      sigma: (steps + 1,) the grid.
+      denoiser: L_D, at the start of each step.
+      step: L_T, of the solver's step with its history and gamma held fixed.
+      certificate: q + (1 - q) L_D with q = sigma_next / sigma, which bounds L_T of a first-order
+        step.
+      residual: the worse of the two convergence reports, see `SpectralNorm`.
     """
 
     sigma: Sigmas
@@ -181,7 +198,7 @@ def contractivity(
 
     Costs 2 + 4 iterations evaluations or so per step and sample.
     """
-    sigmas = accurate(check_sigmas(sigmas))
+    sigmas, x_init = accurate(check_sigmas(sigmas)), check_batch("x_init", x_init)
     key_steps, key_norms = jax.random.split(key)
 
     def body(state: State, inputs: tuple[Array, Scalar, Scalar]) -> tuple[State, tuple]:
@@ -203,7 +220,7 @@ def contractivity(
         return new, (d.value, t.value, certificate, jnp.maximum(d.residual, t.residual))
 
     inputs = jnp.arange(sigmas.size - 1), sigmas[:-1], sigmas[1:]
-    _, profile = lax.scan(body, solver.init(accurate(x_init), sigmas), inputs)
+    _, profile = lax.scan(body, solver.init(x_init, sigmas), inputs)
     return Contractivity(sigmas, *profile)
 
 
@@ -213,9 +230,10 @@ def contractivity(
 class Discrepancy(NamedTuple):
     """Each (levels,), one for each sigma.
 
-    ratio: E|x - D|^2 / (sigma^2 E[d - tr J]), 1 for states of the law that the denoiser knows.
-    error: standard error of the ratio over the batch.
-    sigma: noise level that the states imply, 0 where that of the data alone would be too much.
+    Attributes:
+      ratio: E|x - D|^2 / (sigma^2 E[d - tr J]), 1 for states of the law that the denoiser knows.
+      error: standard error of the ratio over the batch.
+      sigma: noise level that the states imply, 0 where that of the data alone would be too much.
     """
 
     ratio: Float[Array, " levels"]
@@ -257,7 +275,10 @@ def stein_discrepancy(
     """
     if isinstance(divergence, Tweedie):
         raise ValueError("Tweedie() assumes the identity that is measured: use Hutchinson()")
-    if x.shape[:1] != sigmas.shape:
+    x = check_batch("x", x)
+    sigmas = jnp.asarray(sigmas, x.dtype)
+    check_number("sigmas", sigmas, "(0, inf)")
+    if x.shape[:1] != sigmas.shape or x.ndim < 2:
         raise ValueError(f"x must have one batch per sigma: {sigmas.shape} of them, got {x.shape}")
 
     def level(inputs: tuple[Array, Batch, Scalar]) -> tuple[Array, Array, Array]:
@@ -272,7 +293,7 @@ def stein_discrepancy(
         implied = 1 + (energy - expected).mean() / away
         return ratio, error, sigma * jnp.sqrt(jnp.maximum(implied, 0))
 
-    levels = jnp.arange(x.shape[0]), accurate(x), sigmas
+    levels = jnp.arange(x.shape[0]), x, sigmas
     return Discrepancy(*lax.map(level, levels))
 
 
@@ -282,11 +303,12 @@ def stein_discrepancy(
 class Perturbation(NamedTuple):
     """The paper's coefficient under the law of the states, and the bound of its error; each ().
 
-    gamma: [(1 - 1/alpha) E<u, x> + (sigma^2/alpha) E[div u]] / E|u|^2 over the states.
-    target: E<u, x - D> / E|u|^2, what the denoiser's own clean estimate asks for.
-    constant: C = sigma^2 / (alpha sqrt(E|u|^2)) in |gamma - target| <= C S.
-    mismatch: |gamma - target| / C, the least score error S that explains the difference.
-    bound: C S where the score of the states is known, else None.
+    Attributes:
+      gamma: `[(1 - 1/alpha) E<u, x> + (sigma^2/alpha) E[div u]] / E|u|^2` over the states.
+      target: `E<u, x - D> / E|u|^2`, what the denoiser's own clean estimate asks for.
+      constant: C = sigma^2 / (alpha sqrt(E|u|^2)) in |gamma - target| <= C S.
+      mismatch: |gamma - target| / C, the least score error S that explains the difference.
+      bound: C S where the score of the states is known, else None.
     """
 
     gamma: Scalar
@@ -310,9 +332,12 @@ def perturbation(
 ) -> Perturbation:
     """What drift does to the clean-target coefficient: |gamma - target| <= C S(sampler, data).
 
-    By Stein's identity under the sampler's law p~, gamma - target = (sigma^2 / alpha) E~<u, r> /
-    E~|u|^2 with r = grad log p - grad log p~, whence the bound by Cauchy-Schwarz, with
-    S^2 = E~|r|^2 (our derivation of the score-controlled bound of arXiv:2606.07835).
+    By Stein's identity under the sampler's law p~,
+
+        gamma - target = (sigma^2 / alpha) E~<u, r> / E~|u|^2,  r = grad log p - grad log p~,
+
+    whence the bound by Cauchy-Schwarz, with S^2 = E~|r|^2 (our derivation of the score-controlled
+    bound of arXiv:2606.07835).
 
     Args:
       key: for the probes.
@@ -331,7 +356,9 @@ def perturbation(
     if isinstance(divergence, Tweedie):
         raise ValueError("Tweedie() knows no derivative of the step: use Hutchinson() or Exact()")
     key_probe, key_step = jax.random.split(key)
-    x = accurate(state.x)
+    x = check_batch("state.x", state.x)
+    check_number("sigma", sigma, "(0, inf)")
+    check_number("sigma_next / sigma", sigma_next / sigma, "[0, 1)")
     sigma, sigma_next = jnp.asarray(sigma, x.dtype), jnp.asarray(sigma_next, x.dtype)
     (_, alpha, sigma_t), (_, alpha_next, _) = schedule.at(sigma), schedule.at(sigma_next)
 
@@ -357,9 +384,10 @@ def perturbation(
 class Decay(NamedTuple):
     """The paper's update followed with the clean samples known.
 
-    gamma: (steps,) the least-squares coefficient, clipped as asked; rate: (steps,)
-    rho = b^2 / (c E), the share of the error that the best coefficient removes; error: (steps + 1,)
-    E|x - x0|^2 per sample.
+    Attributes:
+      gamma: (steps,) the least-squares coefficient, clipped as asked.
+      rate: (steps,) rho = b^2 / (c E), the share of the error that the best coefficient removes.
+      error: (steps + 1,) E|x - x0|^2 per sample.
     """
 
     gamma: PerStep
@@ -384,7 +412,7 @@ def error_decay(
 ) -> Decay:
     """Error to known clean samples along the update x' = (1 - gamma) x + gamma T(x).
 
-    With u = x - T(x), b = E<u, x - x0> and c = E|u|^2 the best coefficient is b / c, and then
+    With u = x - T(x), b = `E<u, x - x0>` and c = E|u|^2 the best coefficient is b / c, and then
     E' = E - b^2 / c = (1 - rho) E; with another, E' = E - 2 gamma b + gamma^2 c, less than E if and
     only if 0 < gamma < 2 b / c (arXiv:2606.07835). Unclipped this converges to the posterior
     mean, not to samples: a diagnostic, no sampler. Here alpha = 1.
@@ -398,7 +426,8 @@ def error_decay(
       gamma_min: lower clip of the coefficient.
       gamma_max: upper clip.
     """
-    sigmas, clean = accurate(check_sigmas(sigmas)), accurate(clean)
+    sigmas, clean = accurate(check_sigmas(sigmas)), check_batch("clean", clean)
+    check_clip(gamma_min, gamma_max)
     key_noise, key_steps = jax.random.split(key)
 
     def body(carry: tuple, inputs: tuple[Array, Scalar, Scalar]) -> tuple[tuple, tuple]:
@@ -426,7 +455,10 @@ def error_decay(
 class Kept(NamedTuple):
     """What `keep` records of each step; stacked, each (steps, batch, *event).
 
-    x: where the step ended; x0, delta: see `Step`.
+    Attributes:
+      x: where the step ended.
+      x0: see `Step`.
+      delta: see `Step`.
     """
 
     x: Batch
@@ -442,11 +474,17 @@ def keep(state: State, step: Step) -> Kept:
 class Report(NamedTuple):
     """One row of numbers per step, each (steps,); print it, or `plot` it.
 
-    sigma: where the step starts, sigma_next: where it ends; gamma: batch mean of the coefficient;
-    x, x0, delta: root mean square per entry of the state at the end, of the denoiser, and of what
-    the solver added to it; finite: share of finite samples; ratio, implied: Stein discrepancy of
-    the state at the end and the noise level that it implies, NaN where not asked for and at
-    sigma_next = 0.
+    Attributes:
+      sigma: where the step starts.
+      sigma_next: where it ends.
+      gamma: batch mean of the coefficient.
+      x: root mean square per entry of the state at the end,
+      x0: of the denoiser,
+      delta: and of what the solver added to it.
+      finite: share of finite samples.
+      ratio: Stein discrepancy of the state at the end, NaN where not asked for and at
+        sigma_next = 0.
+      implied: the noise level that it implies.
     """
 
     sigma: PerStep
@@ -465,7 +503,7 @@ class Report(NamedTuple):
             lines.append(f"{i:4} " + " ".join(f"{value:10.4g}" for value in row))
         return "\n".join(lines)
 
-    def plot(self, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+    def plot(self, axes: Sequence[Axes] | np.ndarray | None = None) -> Sequence[Axes] | np.ndarray:
         """Gamma, discrepancy and norms over the steps, on three matplotlib axes."""
         axes = _axes(3) if axes is None else axes
         steps = np.arange(self.gamma.shape[0])
@@ -509,6 +547,7 @@ def trajectory_report(
     kept, steps = solution.record, sigmas.size - 1
     if not isinstance(kept, Kept):
         raise ValueError("the solution has no record to report: run sample(..., record=keep)")
+    check_batch("the record", kept.x)
     if kept.x.shape[0] != steps:
         raise ValueError(f"sigmas must be those of the run, {kept.x.shape[0] + 1}, got {steps + 1}")
     ratio = implied = jnp.full(steps, jnp.nan, sigmas.dtype)

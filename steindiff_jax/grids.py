@@ -12,7 +12,7 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from steindiff_jax._typing import Numeric, Sigmas
+from steindiff_jax._typing import Numeric, Sigmas, check_count, check_number
 from steindiff_jax.schedules import Discrete
 
 
@@ -32,7 +32,9 @@ def karras_sigmas(
 
     Karras et al. 2022, arXiv:2206.00364, eq. 5. ValueError for fewer than one step.
     """
-    return _uniform(steps, sigma_max ** (1 / rho), sigma_min ** (1 / rho), lambda u: u**rho)
+    low, high = _ends(sigma_min=sigma_min, sigma_max=sigma_max)
+    check_number("rho", rho, "(0, inf)")
+    return _uniform(steps, high ** (1 / rho), low ** (1 / rho), lambda u: u**rho)
 
 
 def log_snr_sigmas(steps: int, sigma_min: Numeric = 0.002, sigma_max: Numeric = 80.0) -> Sigmas:
@@ -41,7 +43,8 @@ def log_snr_sigmas(steps: int, sigma_min: Numeric = 0.002, sigma_max: Numeric = 
     Lu et al. 2022, arXiv:2206.00927; k-diffusion's "exponential". ValueError for fewer than one
     step.
     """
-    return _uniform(steps, jnp.log(sigma_max), jnp.log(sigma_min), jnp.exp)
+    low, high = _ends(sigma_min=sigma_min, sigma_max=sigma_max)
+    return _uniform(steps, jnp.log(high), jnp.log(low), jnp.exp)
 
 
 exponential_sigmas = log_snr_sigmas
@@ -52,7 +55,8 @@ def cosine_sigmas(steps: int, sigma_min: Numeric = 0.002, sigma_max: Numeric = 8
 
     Nichol & Dhariwal 2021, arXiv:2102.09672. ValueError for fewer than one step.
     """
-    return _uniform(steps, jnp.arctan(sigma_max), jnp.arctan(sigma_min), jnp.tan)
+    low, high = _ends(sigma_min=sigma_min, sigma_max=sigma_max)
+    return _uniform(steps, jnp.arctan(high), jnp.arctan(low), jnp.tan)
 
 
 def time_sigmas(
@@ -73,7 +77,9 @@ def time_sigmas(
         t = u**power
         return schedule.sigma(t) / schedule.alpha(t)
 
-    return _uniform(steps, t_max ** (1 / power), t_min ** (1 / power), ratio)
+    low, high = _ends("[0, inf)", t_min=t_min, t_max=t_max)
+    check_number("power", power, "(0, inf)")
+    return _uniform(steps, high ** (1 / power), low ** (1 / power), ratio)
 
 
 def flow_sigmas(steps: int, shift: Numeric = 1.0, t_max: Numeric = 0.999) -> Sigmas:
@@ -82,24 +88,29 @@ def flow_sigmas(steps: int, shift: Numeric = 1.0, t_max: Numeric = 0.999) -> Sig
     The shifted time is shift t / (1 + (shift - 1) t) (Esser et al. 2024, arXiv:2403.03206, eq. 23),
     whose ratio t / (1 - t) is `shift` times that of t. ValueError for fewer than one step.
     """
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    t = jnp.linspace(t_max, 0.0, steps + 1)
-    return shift * t / (1 - t)
+    check_number("shift", shift, "(0, inf)")
+    check_number("t_max", t_max, "(0, 1)")
+    t = jnp.linspace(t_max, 0.0, check_count("steps", steps) + 1)
+    return check_sigmas(shift * t / (1 - t))
 
 
 def ddpm_sigmas(steps: int, schedule: Discrete, spacing: str = "trailing") -> Sigmas:
     """The ratios at integer timesteps of a DDPM with N of them, then 0; (steps + 1,).
 
-    spacing: of the timesteps, as in Lin et al. 2023, arXiv:2305.08891, table 2. "leading": 0, k,
+    Args:
+      steps: at most N.
+      schedule: of the network.
+      spacing: of the timesteps, as in Lin et al. 2023, arXiv:2305.08891, table 2. "leading": 0, k,
         2k, ... with k = N // steps, "linspace": from 0 to N - 1, "trailing": N - 1, N - 1 - k, ...
         with k = N / steps, which alone ends as far from 0 as it should.
 
-    ValueError for any other, and unless 1 <= steps <= N.
+    Raises:
+      ValueError: for any other spacing, and unless 1 <= steps <= N.
     """
-    total = jnp.shape(schedule.betas)[0]
-    if not 1 <= steps <= total:
-        raise ValueError(f"steps must be between 1 and {total}, got {steps}")
+    total = jnp.size(schedule.betas)
+    if not (isinstance(steps, int | np.integer) and 1 <= steps <= total):
+        raise ValueError(f"steps must be an integer between 1 and {total}, got {steps}")
+    steps = int(steps)
     spacings = {
         "leading": np.arange(steps)[::-1] * (total // steps),
         "linspace": np.linspace(total - 1, 0, steps).round(),
@@ -107,7 +118,7 @@ def ddpm_sigmas(steps: int, schedule: Discrete, spacing: str = "trailing") -> Si
     }
     if spacing not in spacings:
         raise ValueError(f"spacing must be one of {[*spacings]}, got {spacing!r}")
-    return jnp.append(schedule.ratio(jnp.asarray(spacings[spacing], float)), 0.0)
+    return check_sigmas(jnp.append(schedule.ratio(jnp.asarray(spacings[spacing], float)), 0.0))
 
 
 def check_sigmas(sigmas: ArrayLike) -> Array:
@@ -130,9 +141,17 @@ def check_sigmas(sigmas: ArrayLike) -> Array:
     return grid
 
 
-def _uniform(steps: int, start: Numeric, end: Numeric, ratio: Callable[[Array], Array]) -> Sigmas:
+def _ends(within: str = "(0, inf)", **ends: Numeric) -> tuple[Array, Array]:
+    """Both ends of a grid as arrays, which overflow to infinity where numbers raise."""
+    (low, start), (high, end) = ends.items()
+    check_number(low, start, within)
+    check_number(high, end, "(0, inf)")
+    start, end = jnp.asarray(start), jnp.asarray(end)
+    check_number(f"{low} / {high}", start / end, "[0, 1]")
+    return start, end
+
+
+def _uniform(steps: int, start: Array, end: Array, ratio: Callable[[Array], Array]) -> Sigmas:
     """The ratio at `steps` equidistant points from start to end, then 0."""
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, got {steps}")
-    ramp = jnp.linspace(0.0, 1.0, steps)
-    return jnp.append(ratio((1 - ramp) * start + ramp * end), 0.0)
+    ramp = jnp.linspace(0.0, 1.0, check_count("steps", steps))
+    return check_sigmas(jnp.append(ratio((1 - ramp) * start + ramp * end), 0.0))

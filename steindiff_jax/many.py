@@ -14,7 +14,14 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Sharding
 from jax.typing import ArrayLike
 
-from steindiff_jax._typing import Denoiser, Key, Numeric, Solver
+from steindiff_jax._typing import (
+    Denoiser,
+    Key,
+    Numeric,
+    Solver,
+    check_count,
+    check_shape,
+)
 from steindiff_jax.denoisers import rows
 from steindiff_jax.sample import DEFAULT, sample
 from steindiff_jax.stein.calibration import describe, fingerprint
@@ -60,12 +67,12 @@ def sample_many(
       are computed one by one; with a directory they are all written first and mapped from there.
 
     Raises:
-      ValueError: n or batch_size below 1; conditioning of other than n rows; a directory that holds
-        another run: other arguments or, known on a single host only, another denoiser.
+      ValueError: n or batch_size that is no integer from 1 on; conditioning of other than n rows; a
+        directory that holds another run (other arguments or, known on a single host only, another
+        denoiser) or damaged files, which it names.
     """
-    if n < 1 or batch_size < 1:
-        raise ValueError(f"n and batch_size must be at least 1, got {n} and {batch_size}")
-    size = min(batch_size, n)
+    n, event = check_count("n", n), check_shape("event", event)
+    size = min(check_count("batch_size", batch_size), n)
     solver = DEFAULT if solver is None else solver
     denoiser = rows(denoiser, partial(_on_host, n=n))
     spans = _own_rows(sharding, size)
@@ -108,6 +115,10 @@ def sample_many(
         first = min(start, n - size)
         return [folder / f"{first + span[0] + known:012d}.npy" for span, known in fresh(start)]
 
+    def read(start: int) -> Iterator[np.ndarray]:
+        for file, (span, known) in zip(files(start), fresh(start), strict=True):
+            yield _read(file, (span[1] - span[0] - known, *event))
+
     folder = Path(directory)
     _claim(
         folder,
@@ -130,7 +141,7 @@ def sample_many(
     for start in (progress or iter)(todo):
         for file, block in zip(files(start), compute(start), strict=True):
             _write(file, lambda stream, block=block: np.save(stream, block))
-    return (np.load(file, mmap_mode="r") for start in starts for file in files(start))
+    return (block for start in starts for block in read(start))
 
 
 def _span(index: slice, size: int) -> tuple[int, int]:
@@ -162,7 +173,10 @@ def _claim(folder: Path, run: dict) -> None:
     """ValueError if the folder holds another run than this."""
     folder.mkdir(parents=True, exist_ok=True)
     note = folder / "run.json"
-    found = json.loads(note.read_text()) if note.exists() else run
+    try:
+        found = dict(json.loads(note.read_bytes())) if note.exists() else run
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{note} is damaged: {error}; take another directory") from error
     different = [name for name in run if found.get(name) != run[name]]
     if different:
         raise ValueError(
@@ -170,6 +184,20 @@ def _claim(folder: Path, run: dict) -> None:
             f"{found.get(different[0])!r} there, got {run[different[0]]!r}; take another directory"
         )
     _write(note, lambda stream: stream.write(json.dumps(run, indent=2).encode()))
+
+
+def _read(file: Path, shape: tuple[int, ...]) -> np.ndarray:
+    """The samples in a file, mapped from there; never a pickle. ValueError if they are not."""
+    try:
+        samples = np.lib.format.open_memmap(file, mode="r")
+    except Exception as error:  # of many kinds, for a header is a Python expression
+        raise ValueError(f"{file} is damaged: {error}; delete it and run again") from error
+    if samples.shape != shape or not np.issubdtype(samples.dtype, np.floating):
+        raise ValueError(
+            f"{file} must hold floating point numbers of shape {shape}, got {samples.dtype} of "
+            f"shape {samples.shape}; delete it and run again"
+        )
+    return samples
 
 
 def _write(file: Path, write: Callable) -> None:

@@ -10,7 +10,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from steindiff_jax._numerics import accurate, fold_in, sample_keys, split
+from steindiff_jax._numerics import accurate, check_batch, fold_in, sample_keys, split
 from steindiff_jax._typing import (
     Batch,
     Denoiser,
@@ -22,6 +22,7 @@ from steindiff_jax._typing import (
     Solution,
     Solver,
     State,
+    check_shape,
 )
 from steindiff_jax.grids import check_sigmas
 from steindiff_jax.solvers import IPNDM
@@ -76,18 +77,16 @@ def sample(
     solver = DEFAULT if solver is None else solver
     if not isinstance(sigmas, Tracer):  # a solver tied to one grid, such as `Calibrated`
         getattr(solver, "check", lambda _: None)(sigmas)
+    shape = None if shape is None else check_shape("shape", shape)
     if x_init is None:
-        if shape is None or len(shape) < 1:
+        if not shape:
             raise ValueError(f"shape (batch, *event) or x_init is needed, got shape={shape}")
     else:
-        x_init = jnp.asarray(x_init)
-        if not jnp.issubdtype(x_init.dtype, jnp.floating):
-            raise ValueError(f"x_init must be floating point, got {x_init.dtype}")
-        if shape is not None and tuple(shape) != x_init.shape:
-            raise ValueError(f"x_init must have shape {tuple(shape)}, got {x_init.shape}")
-        x_init = accurate(x_init)
+        x_init = check_batch("x_init", x_init, empty=True)
+        if shape not in (None, x_init.shape):
+            raise ValueError(f"x_init must have shape {shape}, got {x_init.shape}")
+        shape, sigmas = (), sigmas.astype(x_init.dtype)
     data, program = _split((denoiser, solver, record))
-    shape = tuple(shape) if shape is not None and x_init is None else ()
     padded = (
         not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(np.asarray(sigmas)[-2] == 0)
     )
@@ -121,8 +120,10 @@ def _sample(
         index, sigma, sigma_next = inputs
 
         def advance(state: State) -> tuple[State, Any]:
-            key_step = fold_in(key_steps, index)
+            key_step, before = fold_in(key_steps, index), state
             state, step = solver.step(key_step, denoiser, state, sigma, sigma_next)
+            # The state keeps its dtypes, whatever those of the solver's own numbers.
+            state = jax.tree.map(_like, state, before)
             finite = jnp.isfinite(state.x).all(axis=range(1, state.x.ndim))
             facts = (
                 jnp.asarray(step.gamma, sigmas.dtype),
@@ -144,6 +145,10 @@ def _sample(
     start = solver.init(x_init, sigmas)
     end, (gamma, nfe, finite, kept) = lax.scan(body, start, (steps, sigmas[:-1], sigmas[1:]))
     return Solution(end.x, Info(gamma, (nfe * (sigmas[:-1] > 0)).sum(), finite), kept)
+
+
+def _like(new: ArrayLike, old: Array) -> ArrayLike:
+    return new if jnp.result_type(new) == old.dtype else jnp.asarray(new, old.dtype)
 
 
 def _check_denoiser(denoiser: Denoiser, x: Batch, sigma: Scalar) -> None:

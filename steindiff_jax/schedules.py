@@ -13,7 +13,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from steindiff_jax._typing import Numeric, pytree
+from steindiff_jax._numerics import divide
+from steindiff_jax._typing import (
+    Numeric,
+    check_count,
+    check_fields,
+    check_number,
+    number,
+    pytree,
+)
 
 
 def _parts(ratio: Array) -> tuple[Array, Array]:
@@ -63,8 +71,12 @@ class VPLinear(_VariancePreserving):
     Song et al. 2021, arXiv:2011.13456, eq. 33.
     """
 
-    beta_min: Numeric = 0.1
-    beta_max: Numeric = 20.0
+    beta_min: Numeric = number(default=0.1, within="(0, inf)")
+    beta_max: Numeric = number(default=20.0, within="(0, inf)")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_number("beta_min / beta_max", self.beta_min / self.beta_max, "[0, 1]")
 
     def _integral(self, t: Array) -> Array:
         return t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2)
@@ -90,7 +102,9 @@ class VPCosine(_VariancePreserving):
     Nichol & Dhariwal 2021, arXiv:2102.09672, eq. 17; shift=0 is alpha = cos(pi t / 2).
     """
 
-    shift: Numeric = 0.008
+    shift: Numeric = number(default=0.008, within="[0, inf)")
+
+    __post_init__ = check_fields
 
     def _angles(self, t: Array) -> tuple[Array, Array]:
         """(a - a_0, a_0)."""
@@ -113,7 +127,7 @@ class VPCosine(_VariancePreserving):
         sin, cos = jnp.sin(a_0), jnp.cos(a_0)
         a, b = _parts(ratio)
         root = jnp.hypot(b, a * sin)
-        sine = cos * b * (b / (root + a * sin))
+        sine = cos * b * divide(b, root + a * sin, 0.0)
         return jnp.arctan2(sine, a * cos**2 + sin * root) / unit
 
 
@@ -127,7 +141,9 @@ class RectifiedFlow:
     infinite at t = 1: start below it.
     """
 
-    shift: Numeric = 1.0
+    shift: Numeric = number(default=1.0, within="(0, inf)")
+
+    __post_init__ = check_fields
 
     def alpha(self, t: Array) -> Array:
         return (1 - t) / (1 + (self.shift - 1) * t)
@@ -152,25 +168,30 @@ class Discrete(_VariancePreserving):
     k-diffusion does; the network receives n as a float. Ratios outside the table are clamped.
     """
 
-    betas: ArrayLike
+    betas: ArrayLike = number(within="(0, 1)")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if jnp.ndim(self.betas) != 1 or not jnp.size(self.betas):
+            raise ValueError(f"betas must have shape (steps,), got {jnp.shape(self.betas)}")
 
     @classmethod
     def linear(cls, steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> "Discrete":
         """Betas uniform from start to end (Ho et al. 2020)."""
-        return cls(jnp.linspace(start, end, steps))
+        return cls(jnp.linspace(start, end, check_count("steps", steps)))
 
     @classmethod
     def scaled_linear(
         cls, steps: int = 1000, start: float = 0.00085, end: float = 0.012
     ) -> "Discrete":
         """Square roots of betas uniform (Rombach et al. 2022, arXiv:2112.10752)."""
-        return cls(jnp.linspace(start**0.5, end**0.5, steps) ** 2)
+        return cls(jnp.linspace(start**0.5, end**0.5, check_count("steps", steps)) ** 2)
 
     @classmethod
     def cosine(cls, steps: int = 1000, max_beta: float = 0.999) -> "Discrete":
         """Betas of `VPCosine`, at most max_beta (Nichol & Dhariwal 2021, arXiv:2102.09672)."""
         # alpha is sin(w), with w = 0 at the end: 1 - sin(w')^2 / sin(w)^2 without cancellation.
-        w = math.pi / 2 / 1.008 * jnp.linspace(1.0, 0.0, steps + 1)
+        w = math.pi / 2 / 1.008 * jnp.linspace(1.0, 0.0, check_count("steps", steps) + 1)
         betas = jnp.sin(w[-2]) * jnp.sin(w[1:] + w[:-1]) / jnp.sin(w[:-1]) ** 2
         return cls(jnp.minimum(betas, max_beta))
 
@@ -179,8 +200,10 @@ class Discrete(_VariancePreserving):
 
         Lin et al. 2023, arXiv:2305.08891, algorithm 1. There alpha vanishes at the last step and
         the ratio is infinite, where no step can start; here the last ratio continues the two
-        before it geometrically, to some ten thousands.
+        before it geometrically, to some ten thousands. ValueError for fewer than 3 betas.
         """
+        if jnp.size(self.betas) < 3:
+            raise ValueError(f"zero terminal SNR needs 3 betas or more, got {self.betas}")
         # alpha' = c (alpha - alpha[-1]) falls from one step to the next by this share of itself.
         betas = jnp.asarray(self.betas)
         log_steps = jnp.log1p(-betas[1:]) / 2
@@ -209,5 +232,5 @@ class Discrete(_VariancePreserving):
         return self.ratio(t) * self.alpha(t)
 
     def time(self, ratio: Array) -> Array:
-        times, log_ratios = self._table(ratio.dtype)
+        times, log_ratios = self._table(jnp.asarray(ratio).dtype)
         return jnp.interp(jnp.log(ratio), log_ratios, times)

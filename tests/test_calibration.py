@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from closed_forms import mixture, normal
+from damage import damaged
 from jax.tree_util import Partial
 from numpy.testing import assert_allclose, assert_array_equal
 
@@ -153,6 +154,28 @@ def test_another_file_is_refused(tmp_path):
     path.write_text('{"format": "steindiff_jax coefficients 0"}')
     with pytest.raises(ValueError, match="coefficients 0"):
         sd.Calibrated.load(path, DEFAULT)
+
+
+def test_damaged_files_are_errors(tmp_path):
+    """Three thousand: either a table of finite numbers or a ValueError that names the file."""
+    path = tmp_path / "table.json"
+    calibrated().save(path)
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(3000):
+        path.write_bytes(damaged(rng, path, whole))
+        try:
+            table = sd.Calibrated.load(path, DEFAULT, DENOISER)
+        except ValueError as error:
+            message = str(error)
+            refused += 1
+        else:
+            message = str(path)
+            assert table.sigmas.shape == GRID.shape
+            assert table.gamma.shape == (5,)
+            assert np.isfinite(table.gamma).all()
+            hash(jax.tree.structure(table))  # or `jit` would not take it
+        assert str(path) in message
+    assert refused > 1500
 
 
 def test_the_fingerprint_knows_weights_and_guidance_but_no_labels():

@@ -340,7 +340,6 @@ class TestErrors:
             to_data(solution, mixture())
 
 
-@pytest.mark.filterwarnings("ignore:SelfAttention:DeprecationWarning")
 def test_example():
     """Under a user's settings."""
     import diffrax_composition

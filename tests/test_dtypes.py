@@ -134,6 +134,16 @@ def test_a_narrow_start_is_widened(dtype):
     np.testing.assert_array_equal(low.x, wide.x)
 
 
+@pytest.mark.parametrize("option", [np.float64(0.5), jnp.float64(0.5)], ids=type)
+def test_wider_options_and_grids_change_no_dtype(option):
+    """The start decides: what comes in float64 is rounded to it."""
+    start, grid, denoiser = narrow(normal(4, 2)), sd.karras_sigmas(3), narrow(mixture())
+    for make in (sd.DPMpp2S, sd.DPMpp3M, lambda eta: sd.DPMpp2MSDE(eta=eta)):
+        wide, plain = (run(denoiser, grid, make(r), start) for r in (option, 0.5))
+        assert wide.x.dtype == plain.x.dtype == jnp.float32
+        assert_allclose(wide.x, plain.x, rtol=1e-4)
+
+
 def test_a_narrow_grid_is_widened():
     grid = jnp.array([2.0, 1.0, 0.5, 0.0], jnp.bfloat16)
     solution = sd.sample(KEY, narrow(mixture()), (4, 2), sigmas=grid, solver=sd.Heun())

@@ -12,6 +12,7 @@ from jax import Array
 from numpy.testing import assert_allclose, assert_array_equal
 
 import steindiff_jax as sd
+from steindiff_jax.stein import from_probes
 
 KEY = jax.random.key(0)
 GRID = np.array([3.0, 1.5, 0.5, 0.0])
@@ -110,6 +111,24 @@ BAD = {
         lambda: draw(lambda x, _: x.astype(jnp.float32)),
         "dtype float64 like its input, got .*float32",
     ),
+    "option": (lambda: sd.DPMpp3M(np.nan), r"curvature must be in \(-inf, inf\), got nan"),
+    "array of options": (
+        lambda: sd.guided(abs, abs, np.array([1.0, np.inf])),
+        r"scale must be in \(-inf, inf\), got inf",
+    ),
+    "float order": (lambda: sd.IPNDM(2.0), r"order must be one of \(1, 2, 3, 4\), got 2.0"),
+    "betas": (lambda: sd.Discrete(np.array([0.1, 1.0])), r"betas must be in \(0, 1\), got 1.0"),
+    "too few betas": (lambda: sd.Discrete.linear(1).zero_terminal_snr(), "needs 3 betas or more"),
+    "ends the wrong way round": (
+        lambda: sd.karras_sigmas(4, 80.0, 2.0),
+        r"sigma_min / sigma_max must be in \[0, 1\], got 40",
+    ),
+    "no tuple": (lambda: draw(shape=4), "shape must be a tuple of integers, none negative, got 4"),
+    "negative shape": (lambda: draw(shape=(-1, 2)), r"none negative, got \(-1, 2\)"),
+    "start without a batch": (
+        lambda: draw(shape=None, x_init=1.0),
+        r"x_init must have shape \(batch, \*event\), got \(\)",
+    ),
     "two results": (lambda: draw(lambda x, _: (x, x)), r"must return shape \(4, 2\)"),
 }
 
@@ -165,9 +184,34 @@ def test_non_finite_samples_are_marked_and_leave_the_others_alone(solver, value)
         assert_allclose(kept, alone.info.gamma, rtol=1e-12)
 
 
+@pytest.mark.parametrize("bad", [8, 11], ids=["probed", "not probed"])
+@pytest.mark.parametrize(
+    "rule", [sd.PosteriorLength(), sd.StepEnergy(-9.0, 9.0), sd.CleanTarget(-9.0, 9.0)], ids=type
+)
+def test_a_probe_goes_with_the_samples_that_it_stands_for(rule, bad):
+    """Of 16 samples in groups of 8 the other group alone decides, whichever sample fails.
+
+    Without that one sample alone, the mean over 15 would count 16 / 15 of the divergence where
+    it was not probed, and 8 / 15 where it was.
+    """
+    solver = sd.Stein(sd.DPMpp2M(), rule, sd.Hutchinson(fraction=1 / 8))
+    x = normal(16, 2, scale=3.0)
+    whole = run(failing, GRID, solver, x.at[bad].set(np.nan))
+    alone = run(failing, GRID, solver, x[:8])
+    assert_allclose(whole.info.gamma, alone.info.gamma, rtol=1e-12)
+    assert np.ptp(alone.info.gamma) > 1e-3
+    assert whole.info.finite.sum(axis=1).tolist() == [15, 15, 15]
+
+
 def test_a_batch_that_fails_altogether_still_returns():
     solution = run(
         lambda x, _: jnp.full_like(x, jnp.nan), GRID, sd.Stein(sd.DPMpp2M()), normal(3, 2)
     )
     assert not solution.info.finite.any()
     assert solution.x.shape == (3, 2)
+
+
+def test_probes_of_another_shape():
+    x = normal(4, 2)
+    with pytest.raises(ValueError, match=r"the shape of x, \(4, 2\), got \(2,\)"):
+        from_probes(mixture(), x, jnp.asarray(1.0), x)

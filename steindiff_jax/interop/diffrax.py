@@ -28,7 +28,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from steindiff_jax._numerics import accurate, inner, sample_keys
+from steindiff_jax._numerics import accurate, check_batch, inner, sample_keys
 from steindiff_jax._typing import (
     Batch,
     Denoiser,
@@ -40,6 +40,7 @@ from steindiff_jax._typing import (
     Solver,
     State,
     Step,
+    check_number,
     pytree,
     static,
 )
@@ -114,7 +115,9 @@ class FromDiffrax:
     def __post_init__(self) -> None:
         tableau = getattr(self.solver, "tableau", None)
         explicit = isinstance(tableau, diffrax.ButcherTableau) and not tableau.implicit
-        if not (explicit or isinstance(self.solver, diffrax.Euler)):
+        if isinstance(self.solver, type) or not (
+            explicit or isinstance(self.solver, diffrax.Euler)
+        ):
             raise ValueError(
                 "only explicit Runge-Kutta methods, such as diffrax.Heun(), make a step on their "
                 f"own that can be corrected, got {self.solver!r}"
@@ -330,7 +333,7 @@ def log_likelihood(
         log p(x) = log N(y; 0, sigma_max^2) + int_sigma_min^sigma_max tr(1 - J) dsigma / sigma
 
     (Chen et al. 2018, arXiv:1806.07366; Song et al. 2021, arXiv:2011.13456, section 4.3). Where
-    the data have mean m that end is wrong by about <m, y> / sigma_max^2. The density is that of
+    the data have mean m that end is wrong by about `<m, y>` / sigma_max^2. The density is that of
     data with noise of sigma_min; for that of a network's own alpha x subtract d log alpha.
 
     Args:
@@ -350,6 +353,10 @@ def log_likelihood(
         fraction of the batch.
     """
     flow, _, _ = _flow(term, 0.0, 0.0)
+    x = check_batch("x", x)
+    for name, value in {"sigma_min": sigma_min, "sigma_max": sigma_max}.items():
+        check_number(name, value, "(0, inf)")
+    check_number("sigma_min / sigma_max", sigma_min / sigma_max, "(0, 1)")
     if getattr(divergence, "fraction", 1.0) < 1:
         raise ValueError(f"every sample needs a divergence: fraction must be 1, got {divergence!r}")
     keys = sample_keys(jax.random.key(0) if key is None else key, x.shape[0])
@@ -364,7 +371,6 @@ def log_likelihood(
             )
         return x0 - y, -jacobian.complement
 
-    x = accurate(x)
     state = (x, jnp.zeros(x.shape[:1], x.dtype))
     start, end = -jnp.log(jnp.asarray([sigma_min, sigma_max], x.dtype))
     jax.eval_shape(drift, start, state, None)  # here errors are still themselves

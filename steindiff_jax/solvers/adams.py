@@ -19,9 +19,11 @@ class LMS(Multistep):
     k-diffusion's LMS, rhoAB-DEIS (Zhang & Chen 2023, arXiv:2204.13902) and what iPNDM_v stands for
     are this same method. Of order `order` (1 to 4), one evaluation a step.
 
-    prediction: "epsilon", in sigma; "flow", in the time of a rectified flow.
-    denoise_last: a step to sigma = 0 returns the denoiser's estimate; False extrapolates there too,
-        as k-diffusion, diff-sampler and diffusers do.
+    Attributes:
+      order: 1 to 4.
+      denoise_last: a step to sigma = 0 returns the denoiser's estimate; False extrapolates there
+        too, as k-diffusion, diff-sampler and diffusers do.
+      prediction: "epsilon", in sigma; "flow", in the time of a rectified flow.
     """
 
     order: int = static(default=4, choices=(1, 2, 3, 4))

@@ -19,6 +19,9 @@ from steindiff_jax._typing import (
     Sigmas,
     State,
     Step,
+    check_fields,
+    check_number,
+    number,
     pytree,
     static,
 )
@@ -62,8 +65,9 @@ class DEIS(Multistep):
 class DPMpp2M(Multistep):
     """DPM-Solver++(2M), second order, one evaluation a step; "epsilon" is DPM-Solver(2M).
 
-    kind: "midpoint", the slope of x0 weighs h / 2, as in k-diffusion and in diffusers' default, or
-        "heun", its exact integral (the official code's "taylor").
+    Attributes:
+      kind: "midpoint", the slope of x0 weighs h / 2, as in k-diffusion and in diffusers' default,
+        or "heun", its exact integral (the official code's "taylor").
     """
 
     kind: str = static(default="midpoint", choices=KINDS)
@@ -82,13 +86,15 @@ class DPMpp2M(Multistep):
 class DPMpp3M(Multistep):
     """DPM-Solver++(3M), one evaluation a step; "epsilon" is DPM-Solver(3M).
 
-    curvature: weight of the second difference relative to the exact integral. 0.5 is what every
+    Attributes:
+      curvature: weight of the second difference relative to the exact integral. 0.5 is what every
         public "3M" uses (official, diffusers, k-diffusion) and is second order; there it damps
         few large steps. 1.0 is the exact exponential multistep method, third order.
-    kind: of its second-order steps, see `DPMpp2M`: "heun" as k-diffusion, "midpoint" as diffusers.
+      kind: of its second-order steps, see `DPMpp2M`: "heun" as k-diffusion, "midpoint" as
+        diffusers.
     """
 
-    curvature: Numeric = 0.5
+    curvature: Numeric = number(default=0.5, within="(-inf, inf)")
     kind: str = static(default="heun", choices=KINDS)
 
     def weights(self, sigmas: Sigmas) -> Weights:
@@ -104,12 +110,16 @@ class DPMpp3M(Multistep):
 class DPMpp2MSDE(DPMpp2M):
     """SDE-DPM-Solver++(2M): `DPMpp2M` for the reverse SDE, in k-diffusion's form.
 
-    x' = q^(1+eta) x + (1 - q^(1+eta))(x0 + delta) + sigma' sqrt(1 - q^(2 eta)) noise, second order
-    in its deterministic part. eta: 1 is the reverse SDE of Song et al. 2021 (arXiv:2011.13456), 0
-    the ODE. The `Step` is that of the ODE. `Stein` does not take a stochastic solver.
+        x' = q^(1+eta) x + (1 - q^(1+eta))(x0 + delta) + sigma' sqrt(1 - q^(2 eta)) noise,
+
+    second order in its deterministic part. The `Step` is that of the ODE. `Stein` does not take a
+    stochastic solver.
+
+    Attributes:
+      eta: 1 is the reverse SDE of Song et al. 2021 (arXiv:2011.13456), 0 the ODE.
     """
 
-    eta: Numeric = 1.0
+    eta: Numeric = number(default=1.0, within="[0, inf)")
     prediction: str = static(default="x0", choices=("x0",), kw_only=True)
 
     stochastic = True
@@ -126,7 +136,7 @@ class DPMpp2MSDE(DPMpp2M):
         # Never exactly 0 under the root, whose derivative is infinite there.
         variance = jnp.maximum(-jnp.expm1(-2 * self.eta * h), jnp.finfo(h.dtype).tiny)
         x = kept * state.x + (1 - kept) * (step.x0 + step.delta)
-        x += sigma_next * jnp.sqrt(variance) * standard_normal(key, x)
+        x += sigma_next * jnp.sqrt(variance) * standard_normal(key, state.x)
         return new._replace(x=x), step
 
 
@@ -134,10 +144,12 @@ class DPMpp2MSDE(DPMpp2M):
 class DPMpp2S(RungeKutta):
     """DPM-Solver++(2S): two stages, second order. "epsilon" is DPM-Solver-2, see `DPM2`.
 
-    r: place of the second stage, as a fraction of the step in lambda; kind: see `DPMpp2M`.
+    Attributes:
+      r: place of the second stage, as a fraction of the step in lambda.
+      kind: see `DPMpp2M`.
     """
 
-    r: Numeric = 0.5
+    r: Numeric = number(default=0.5, within="(0, 1]")
     kind: str = static(default="midpoint", choices=KINDS)
     prediction: str = static(default="x0", choices=PREDICTED, kw_only=True)
 
@@ -161,15 +173,21 @@ class DPM2(DPMpp2S):
 class DPMpp3S(RungeKutta):
     """DPM-Solver++(3S): three stages, third order for r2 = 2/3. "epsilon" is DPM-Solver-3.
 
-    r1, r2: places of the second and the third stage, as fractions of the step in lambda.
-    kind: "midpoint" ends with the slope from the last stage alone, the usual form, "heun" with the
-        parabola through all three (the official code's "taylor").
+    Attributes:
+      r1: place of the second stage, as a fraction of the step in lambda.
+      r2: place of the third stage.
+      kind: "midpoint" ends with the slope from the last stage alone, the usual form, "heun" with
+        the parabola through all three (the official code's "taylor").
     """
 
-    r1: Numeric = 1 / 3
-    r2: Numeric = 2 / 3
+    r1: Numeric = number(default=1 / 3, within="(0, 1)")
+    r2: Numeric = number(default=2 / 3, within="(0, 1]")
     kind: str = static(default="midpoint", choices=KINDS)
     prediction: str = static(default="x0", choices=PREDICTED, kw_only=True)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        check_number("r1 / r2", self.r1 / self.r2, "(0, 1)")
 
     def tableau(self, h: Scalar) -> Tableau:
         r1, r2 = self.r1, self.r2

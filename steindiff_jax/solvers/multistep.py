@@ -31,7 +31,7 @@ from steindiff_jax._typing import (
     Sigmas,
     State,
     Step,
-    check_choices,
+    check_fields,
     pytree,
     static,
 )
@@ -53,15 +53,16 @@ class Memory(NamedTuple):
 class Multistep:
     """Base of the multistep solvers; a subclass gives its weights.
 
-    prediction: what is interpolated, "x0", "epsilon" (the noise) or "flow" (the velocity).
-    lower_order_final: the last step is first order, the one before at most second, and so on, as
+    Attributes:
+      prediction: what is interpolated, "x0", "epsilon" (the noise) or "flow" (the velocity).
+      lower_order_final: the last step is first order, the one before at most second, and so on, as
         in diffusers' schedulers below 15 steps. A step to sigma = 0 is first order in any case.
     """
 
     prediction: str = static(default="x0", choices=("x0", "epsilon"), kw_only=True)
     lower_order_final: bool = static(default=False, kw_only=True)
 
-    __post_init__ = check_choices
+    __post_init__ = check_fields
 
     def weights(self, sigmas: Sigmas) -> Weights:
         """Row i weighs f_1 - f_0, f_2 - f_0, ... in step i; 0 for what is not there yet."""

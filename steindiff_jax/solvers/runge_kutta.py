@@ -11,7 +11,7 @@ from steindiff_jax._typing import (
     Sigmas,
     State,
     Step,
-    check_choices,
+    check_fields,
     pytree,
     static,
 )
@@ -45,13 +45,14 @@ class DDIM:
 class RungeKutta:
     """Base of the solvers with several stages; a subclass gives its tableau.
 
-    prediction: what is interpolated within the step, "x0", "epsilon" (the noise) or "flow" (the
+    Attributes:
+      prediction: what is interpolated within the step, "x0", "epsilon" (the noise) or "flow" (the
         velocity). A step to sigma = 0 is first order and costs one evaluation.
     """
 
     prediction: str = static(default="epsilon", choices=("x0", "epsilon"), kw_only=True)
 
-    __post_init__ = check_choices
+    __post_init__ = check_fields
 
     def tableau(self, h: Scalar) -> Tableau:
         """The coefficients of a step of size h in -log sigma."""
@@ -84,7 +85,7 @@ class RungeKutta:
                 at = sigma ** (1 - r) * end**r
                 x_r = ddim(x, x0 + x0_change(row), sigma, at)
                 changes.append(interpolated.of(x_r, denoiser(x_r, at), at) - first)
-            return x0_change(rows[-1])
+            return x0_change(rows[-1]).astype(x.dtype)
 
         delta = lax.cond(sigma_next > 0, stages, lambda: jnp.zeros_like(x0))
         nfe = 1 + len(places) * (sigma_next > 0).astype(jnp.int32)
@@ -95,8 +96,9 @@ class RungeKutta:
 class Heun(RungeKutta):
     """Heun's method. Second order, two evaluations a step, one in a step to sigma = 0.
 
-    prediction: "epsilon", in sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1); "flow", in
-        the time t = sigma / (1 + sigma) of a rectified flow, for flow networks.
+    Attributes:
+      prediction: "epsilon", in sigma (Karras et al. 2022, arXiv:2206.00364, algorithm 1); "flow",
+        in the time t = sigma / (1 + sigma) of a rectified flow, for flow networks.
     """
 
     prediction: str = static(default="epsilon", choices=("epsilon", "flow"), kw_only=True)

@@ -18,13 +18,15 @@ from steindiff_jax.solvers.multistep import Counts, Multistep, Weights, interpol
 class UniPC(Multistep):
     """UniPC with its corrector, of order `order` + 1; one evaluation a step.
 
-    order: of the predictor, 1, 2 or 3.
-    kind: the first moment wherever there is but one node: "bh2", 1/2; "bh1", 1/2 at the other end
-        of the step; "vary_coeff", the exact one. All else is the same method.
-    lower_order_final: as in every public UniPC. It makes the whole second order on a grid that ends
-        above 0, yet at few steps it matters: on the Karras grid it takes a third off UniPC-3's
-        error at 4 to 16 steps, and costs nothing elsewhere.
     A step to sigma = 0 is first order and returns the denoiser's estimate, whatever the options.
+
+    Attributes:
+      order: of the predictor, 1, 2 or 3.
+      kind: the first moment wherever there is but one node: "bh2", 1/2; "bh1", 1/2 at the other end
+        of the step; "vary_coeff", the exact one. All else is the same method.
+      lower_order_final: as in every public UniPC. It makes the whole second order on a grid that
+        ends above 0, yet at few steps it matters: on the Karras grid it takes a third off UniPC-3's
+        error at 4 to 16 steps, and costs nothing elsewhere.
     """
 
     order: int = static(default=2, choices=(1, 2, 3))

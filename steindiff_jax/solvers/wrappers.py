@@ -18,6 +18,8 @@ from steindiff_jax._typing import (
     Solver,
     State,
     Step,
+    check_fields,
+    number,
     pytree,
 )
 from steindiff_jax.denoisers import rows
@@ -80,15 +82,21 @@ class Churn:
     gamma = min(churn / steps, sqrt(2) - 1). The `Step` is that of the inner solver from the raised
     sigma. `Stein` does not take a stochastic solver.
 
-    inner: solver without memory, `Heun()` in the paper; churn: S_churn; sigma_min, sigma_max: where
-    noise is added; noise: S_noise, its standard deviation. ValueError for a multistep solver.
+    Attributes:
+      inner: solver without memory, `Heun()` in the paper; ValueError for a multistep solver.
+      churn: S_churn.
+      sigma_min: noise is added from here on,
+      sigma_max: up to here.
+      noise: S_noise, its standard deviation.
     """
 
     inner: Solver = Heun()
-    churn: Numeric = 40.0
-    sigma_min: Numeric = 0.0
-    sigma_max: Numeric = math.inf
-    noise: Numeric = 1.0
+    churn: Numeric = number(default=40.0, within="[0, inf]")
+    sigma_min: Numeric = number(default=0.0, within="[0, inf]")
+    sigma_max: Numeric = number(default=math.inf, within="[0, inf]")
+    noise: Numeric = number(default=1.0, within="[0, inf)")
+
+    __post_init__ = check_fields
 
     stochastic = True
 

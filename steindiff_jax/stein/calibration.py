@@ -77,13 +77,16 @@ def freeze(stein: Stein, gamma: Numeric) -> Stein:
 class Calibrated:
     """A Stein-corrected solver whose coefficients are a table; made by `calibrate` or `load`.
 
-    stein: the corrected solver that was recorded; sigmas: (steps + 1,) its grid; gamma: (steps,);
-    fingerprint: SHA-256 of the denoiser it was recorded with.
-
     It steps along its own grid only (`table.sigmas`), padding zeros allowed. Another one is a
     ValueError, in `sample` or in `init`, if its length or, where they are known, its values are
     wrong. Inside your own `jit` values are not known: there a step that is not in the table gets
     gamma = NaN, and the samples are NaN and marked in info.finite, rather than wrong.
+
+    Attributes:
+      stein: the corrected solver that was recorded.
+      sigmas: (steps + 1,) its grid.
+      gamma: (steps,) the coefficients.
+      fingerprint: SHA-256 of the denoiser it was recorded with.
     """
 
     stein: Stein
@@ -140,15 +143,19 @@ class Calibrated:
             model on purpose.
 
         Raises:
-          ValueError: not such a file, another solver, another denoiser.
+          ValueError: not such a file or a damaged one, another solver, another denoiser.
         """
         try:
-            table = json.loads(Path(path).read_text())
+            table = json.loads(Path(path).read_bytes())
             form = table["format"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a table that Calibrated.save wrote") from error
         if form != _FORMAT:
             raise ValueError(f"{path} has format {form!r}, expected {_FORMAT!r}")
+        kinds = {"solver": str, "fingerprint": str, "dtype": str, "sigmas": list, "gamma": list}
+        wrong = [name for name, kind in kinds.items() if not isinstance(table.get(name), kind)]
+        if wrong:
+            raise ValueError(f"{path} is damaged: {wrong[0]!r} is {table.get(wrong[0])!r}")
         if table["solver"] != describe(solver):
             raise ValueError(
                 f"{path} was recorded with\n  {table['solver']}\ngot\n  {describe(solver)}\n"
@@ -159,7 +166,13 @@ class Calibrated:
                 f"{path} was recorded with another denoiser: fingerprint {table['fingerprint']}, "
                 f"got {fingerprint(denoiser)}; calibrate again, or leave the denoiser out"
             )
-        sigmas, gamma = (jnp.asarray(table[k], table["dtype"]) for k in ("sigmas", "gamma"))
+        try:
+            sigmas, gamma = (_numbers(table[k], table["dtype"]) for k in ("sigmas", "gamma"))
+            check_sigmas(sigmas)
+            if sigmas.size != gamma.size + 1:
+                raise ValueError(f"{gamma.size} coefficients for {sigmas.size} sigmas")
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged: {error}") from error
         return cls(solver, sigmas, gamma, table["fingerprint"])
 
 
@@ -225,6 +238,15 @@ def fingerprint(denoiser: Denoiser) -> str:
         else:
             digest.update(getattr(leaf, "__qualname__", type(leaf).__qualname__).encode())
     return digest.hexdigest()
+
+
+def _numbers(values: list, dtype: str) -> Array:
+    """A list of JSON as an array, or a ValueError unless it is one of finite numbers."""
+    largest = float(np.finfo(dtype).max) if dtype in ("float32", "float64") else -1.0
+    for value in values:
+        if type(value) not in (int, float) or not abs(value) <= largest:
+            raise ValueError(f"{value!r} is no finite number in {dtype!r}")
+    return jnp.asarray(np.asarray(values, dtype))
 
 
 def _close(a: Array, b: Array) -> Array:

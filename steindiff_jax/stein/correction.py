@@ -32,14 +32,17 @@ from steindiff_jax.stein.rules import Local, PosteriorLength, Previous, Rule
 class Stein:
     """The Stein correction of any solver; itself a solver.
 
-    inner: solver; rule: `PosteriorLength()`, `StepEnergy()`, `CleanTarget()`, the paper's, or your
-    own; divergence: `Tweedie()`, free, `Hutchinson(...)` or `Exact()`; the rule's own choice where
-    none is given.
-    statistics: "batch", means over the batch, over all devices too where the batch is sharded, or
+    Attributes:
+      inner: solver.
+      rule: `PosteriorLength()`, `StepEnergy()`, `CleanTarget()`, the paper's, or your own.
+      divergence: `Tweedie()`, free, `Hutchinson(...)` or `Exact()`; the rule's own choice where
+        none is given.
+      statistics: "batch", means over the batch, over all devices too where the batch is sharded, or
         "sample", each sample by itself: no communication, and good in high dimension.
-    axis_name: mapped axis that the batch is also spread over, under `shard_map` or `vmap`.
+      axis_name: mapped axis that the batch is also spread over, under `shard_map` or `vmap`.
 
-    ValueError for anything else.
+    Raises:
+      ValueError: for anything else.
     """
 
     inner: Solver
@@ -113,7 +116,7 @@ class Stein:
         )
         moments = jnp.stack([accurate(m) for m in self.rule.moments(local)], axis=-1)
         if self.statistics == "batch":
-            moments = batch_mean(moments, self.axis_name)
+            moments = batch_mean(moments, self.axis_name, jacobian.group)
         gamma = self.rule.gamma(tuple(jnp.moveaxis(moments, -1, 0)), sigma, sigma_next)
         gamma = jnp.clip(gamma, self.rule.gamma_min, self.rule.gamma_max)
         # Written from the candidate: where gamma is 1 the step is the solver's to the last bit.

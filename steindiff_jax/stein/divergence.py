@@ -16,7 +16,17 @@ from jax import Array, lax
 from jaxtyping import Float
 
 from steindiff_jax._numerics import expand, inner
-from steindiff_jax._typing import Batch, Denoiser, Key, Rows, Scalar, pytree, static
+from steindiff_jax._typing import (
+    Batch,
+    Denoiser,
+    Key,
+    Rows,
+    Scalar,
+    check_count,
+    check_number,
+    pytree,
+    static,
+)
 from steindiff_jax.denoisers import rows, with_posterior
 
 Probes = Float[Array, "probes batch *event"]
@@ -36,13 +46,18 @@ DISTRIBUTIONS: dict[str, Callable] = {
 class Jacobian(NamedTuple):
     """What is known of J at x. The statistics are per sample and unbiased in the batch mean.
 
-    v, jv: probes and their products J v, scaled so that tr(M J) = sum over probes of v . M J v
-        in the mean; 0 for a sample that was not probed.
-    trace: tr J.  complement: d - tr J, with digits of its own where J is close to 1.
-    squared_norm: |J|_F^2.
-    posterior_trace, posterior_squared_norm: the same of the posterior mean that a guided denoiser
-        is made of (`with_posterior`), which Stein's identity is about; else no different.
-    directional: whether jv are true derivatives along v.
+    Attributes:
+      v: probes, scaled so that tr(M J) = sum over probes of v . M J v in the mean; 0 for a sample
+        that was not probed.
+      jv: their products J v.
+      trace: tr J.
+      complement: d - tr J, with digits of its own where J is close to 1.
+      squared_norm: |J|_F^2.
+      posterior_trace: tr J of the posterior mean that a guided denoiser is made of
+        (`with_posterior`), which Stein's identity is about; else no different.
+      posterior_squared_norm: |J|_F^2 of the same.
+      directional: whether jv are true derivatives along v.
+      group: how many samples in a row are one group, of which the first alone was probed.
     """
 
     v: Probes
@@ -53,6 +68,7 @@ class Jacobian(NamedTuple):
     posterior_trace: Rows
     posterior_squared_norm: Rows
     directional: bool
+    group: int = 1
 
 
 @runtime_checkable
@@ -83,8 +99,8 @@ class Tweedie:
         trace = size - complement
         # As if J were isotropic, which is enough for the trace of anything affine in x and D.
         v = jnp.ones_like(x)
-        jv = expand(trace / size, x).astype(x.dtype) * v
-        norm = trace**2 / size
+        jv = expand(trace / max(size, 1), x).astype(x.dtype) * v
+        norm = trace**2 / max(size, 1)
         return x0, Jacobian(v[None], jv[None], trace, complement, norm, trace, norm, False)
 
 
@@ -92,12 +108,13 @@ class Tweedie:
 class Hutchinson:
     """Random probes of the Jacobian: about one more evaluation each, times `fraction`.
 
-    probes: number of probes per sample.
-    fraction: share of the batch that is probed, in (0, 1]: every round(1 / fraction)-th sample
+    Attributes:
+      probes: number of probes per sample.
+      fraction: share of the batch that is probed, in (0, 1]: every round(1 / fraction)-th sample
         stands for its neighbours (batch statistics only). Of a sharded batch every device should
         have a multiple of that many samples: with automatic mesh axes the compiler else moves
         them about, with explicit ones a larger share is probed, so that they stay.
-    distribution: "rademacher", exact on the identity part of J, or "gaussian".
+      distribution: "rademacher", exact on the identity part of J, or "gaussian".
     """
 
     probes: int = static(default=1)
@@ -105,10 +122,8 @@ class Hutchinson:
     distribution: str = static(default="rademacher")
 
     def __post_init__(self) -> None:
-        if self.probes < 1:
-            raise ValueError(f"probes must be at least 1, got {self.probes}")
-        if not 0 < self.fraction <= 1:
-            raise ValueError(f"fraction must be in (0, 1], got {self.fraction}")
+        check_count("probes", self.probes)
+        check_number("fraction", self.fraction, "(0, 1]")
         if self.distribution not in DISTRIBUTIONS:
             raise ValueError(
                 f"distribution must be one of {list(DISTRIBUTIONS)}, got {self.distribution!r}"
@@ -117,7 +132,9 @@ class Hutchinson:
     def __call__(
         self, keys: Key, denoiser: Denoiser, x: Batch, sigma: Scalar
     ) -> tuple[Batch, Jacobian]:
-        take, leave, merge = _every(round(1 / self.fraction), x)
+        batch = x.shape[0]
+        few = self.fraction * batch <= 1  # and its inverse may not be finite
+        group, take, leave, merge = _every(batch if few else round(1 / self.fraction), x)
         probed, others = take(x), leave(x)
 
         def draw(key: Key) -> Array:
@@ -126,13 +143,13 @@ class Hutchinson:
 
         v = jnp.moveaxis(jax.vmap(draw)(take(keys)), 1, 0)
         x0, *products = _products(rows(denoiser, take), probed, sigma, v)
-        scale = math.sqrt(x.shape[0] / probed.shape[0] / self.probes)
+        scale = math.sqrt(batch / max(probed.shape[0], 1) / self.probes)
         products = [scale * part for part in (v, *products)]
         if others.shape[0]:
             x0 = merge(x0, rows(denoiser, leave)(others, sigma))
             blank = jnp.zeros_like(others)
             products = [jax.vmap(merge, (0, None))(part, blank) for part in products]
-        return x0, _jacobian(*products)
+        return x0, _jacobian(*products)._replace(group=group)
 
 
 @pytree
@@ -145,9 +162,31 @@ class Exact:
         del keys
         size = math.prod(x.shape[1:])
         basis = jnp.eye(size, dtype=x.dtype).reshape(size, 1, *x.shape[1:])
-        v = jnp.broadcast_to(basis, (size, *x.shape))
-        x0, *products = _products(denoiser, x, sigma, v)
-        return x0, _jacobian(v, *products)
+        return from_probes(denoiser, x, sigma, jnp.broadcast_to(basis, (size, *x.shape)))
+
+
+def from_probes(denoiser: Denoiser, x: Batch, sigma: Scalar, v: Probes) -> tuple[Batch, Jacobian]:
+    """The denoiser at x and what its Jacobian does to probes: the end of an estimator of your own.
+
+    About one more evaluation for each probe.
+
+    Args:
+      denoiser: the denoiser of the step.
+      x: (batch, *event) sample.
+      sigma: its noise-to-signal ratio.
+      v: (probes, batch, *event). Over the probes of a sample v v^T must add up to the identity in
+        the mean; given that, all of `Jacobian` is unbiased.
+
+    Returns:
+      The denoiser at x, (batch, *event), and its `Jacobian`.
+
+    Raises:
+      ValueError: for probes of another shape than x.
+    """
+    if v.shape[1:] != x.shape:
+        raise ValueError(f"each probe must have the shape of x, {x.shape}, got {v.shape[1:]}")
+    x0, *products = _products(denoiser, x, sigma, v)
+    return x0, _jacobian(v, *products)
 
 
 def _products(
@@ -182,15 +221,16 @@ def _jacobian(v: Probes, jv: Probes, posterior: Probes) -> Jacobian:
     )
 
 
-def _every(stride: int, x: Batch) -> tuple[Callable, Callable, Callable]:
+def _every(stride: int, x: Batch) -> tuple[int, Callable, Callable, Callable]:
     """Split (batch, ...) arrays into every stride-th row and the others, and put them together.
 
     By reshaping alone: a batch sharded in pieces that are multiples of the stride stays in place.
+    Returned with the stride, smaller than asked for where a device would have no such row.
     """
     batch, sharding = x.shape[0], jax.typeof(x).sharding
     axes = sharding.spec[0] or ()  # of the mesh, where they are explicit
     devices = math.prod(sharding.mesh.shape[a] for a in ([axes] if isinstance(axes, str) else axes))
-    stride = min(stride, batch // devices)
+    stride = max(min(stride, batch // devices), 1)
     if devices > 1:
         stride = math.gcd(stride, batch // devices)
     count = batch // stride
@@ -204,11 +244,11 @@ def _every(stride: int, x: Batch) -> tuple[Callable, Callable, Callable]:
 
     def leave(a: Array) -> Array:
         rest = groups(a)[:, 1:]
-        return jnp.concatenate([rest.reshape(-1, *a.shape[1:]), a[cut:]])
+        return jnp.concatenate([rest.reshape(cut - count, *a.shape[1:]), a[cut:]])
 
     def merge(taken: Array, left: Array) -> Array:
         rest = left[: cut - count].reshape(count, stride - 1, *left.shape[1:])
         whole = jnp.concatenate([taken[:, None], rest], axis=1)
         return jnp.concatenate([whole.reshape(cut, *left.shape[1:]), left[cut - count :]])
 
-    return take, leave, merge
+    return stride, take, leave, merge

@@ -22,7 +22,16 @@ from jax import Array
 from jaxtyping import Float
 
 from steindiff_jax._numerics import divide, exponential_moments, inner
-from steindiff_jax._typing import Batch, Numeric, Rows, Scalar, pytree
+from steindiff_jax._typing import (
+    Batch,
+    Numeric,
+    Rows,
+    Scalar,
+    check_fields,
+    check_number,
+    number,
+    pytree,
+)
 from steindiff_jax.denoisers import Schedule
 from steindiff_jax.schedules import EDM
 from steindiff_jax.stein.divergence import Divergence, Hutchinson, Jacobian
@@ -39,9 +48,17 @@ class Previous(NamedTuple):
 class Local(NamedTuple):
     """All that a rule may look at: one step of the wrapped solver, not yet corrected.
 
-    x: state; x0: denoiser there; delta: what the solver adds to it; candidate: where it leads;
-    jacobian: what the divergence estimator knows; previous: the step before; candidate_trace:
-    () -> (batch,) trace of the candidate's own Jacobian in x, computed only for the rule that asks.
+    Attributes:
+      x: state.
+      x0: denoiser there.
+      delta: what the solver adds to it.
+      candidate: where it leads.
+      sigma: where the step starts.
+      sigma_next: where it ends.
+      jacobian: what the divergence estimator knows.
+      previous: the step before.
+      candidate_trace: () -> (batch,) trace of the candidate's own Jacobian in x, computed only for
+        the rule that asks.
     """
 
     x: Batch
@@ -76,7 +93,9 @@ class Rule(Protocol):
 
 
 def check_clip(gamma_min: Numeric, gamma_max: Numeric) -> None:
-    """ValueError if both are known and the wrong way round."""
+    """ValueError if they are no numbers or, both known, the wrong way round."""
+    check_number("gamma_min", gamma_min, "[-inf, inf)")
+    check_number("gamma_max", gamma_max, "(-inf, inf]")
     known = isinstance(gamma_min, int | float) and isinstance(gamma_max, int | float)
     if known and not gamma_min <= gamma_max:
         raise ValueError(f"gamma_min must not exceed gamma_max, got {gamma_min} > {gamma_max}")
@@ -154,9 +173,10 @@ class PosteriorLength:
 
     gamma_min: Numeric = 0.0
     gamma_max: Numeric = 8.0
-    surprise_max: Numeric = 0.25
+    surprise_max: Numeric = number(default=0.25, within="(0, inf]")
 
     def __post_init__(self) -> None:
+        check_fields(self)
         check_clip(self.gamma_min, self.gamma_max)
 
     def estimator(self, statistics: str) -> Divergence:
