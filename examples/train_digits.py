@@ -23,6 +23,7 @@ from digits import NULL, SIGMA_DATA, WEIGHTS, DigitsNet, images
 
 BATCH = 128
 CHUNK = 100  # steps in one compiled loop
+WARMUP = 500
 P_MEAN, P_STD = -0.8, 1.6  # log sigma; wider than for photographs, to cover 0.002 to 80
 P_NULL = 0.1
 EMA_DECAY = 0.999
@@ -80,8 +81,8 @@ def main():
 
     x, x_val, label, label_val = train_test_split(*images(), test_size=0.1, random_state=0)
     key, k_val, k_init = jax.random.split(jax.random.key(0), 3)
-    params = DigitsNet().init(k_init, x[:1], jnp.zeros(1), label[:1])["params"]
-    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, 500, args.steps)
+    params = jax.jit(DigitsNet().init)(k_init, x[:1], jnp.zeros(1), label[:1])["params"]
+    schedule = optax.warmup_cosine_decay_schedule(0.0, 2e-3, WARMUP, args.steps)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(schedule, weight_decay=0.2))
     state = State.create(apply_fn=None, params=params, tx=tx, ema=params)
 
