@@ -1,4 +1,4 @@
-"""What was tried in place of `PosteriorLength`'s parts, and lost (about 8 minutes on two cores).
+"""What was tried in place of `PosteriorLength`'s parts, and lost (25 minutes on two cores).
 
 Ratios corrected / plain of sliced-W2, geometric mean over {Karras, log-SNR} grids and 4, 6 and 10
 steps, one seed, on problems of the half that rules are developed on. Exploratory: read differences
