@@ -8,6 +8,8 @@ a large matrix product or the bytes at that of a copy, both measured here, over 
 """
 
 import argparse
+import subprocess
+import sys
 import time
 from functools import partial
 from typing import NamedTuple
@@ -148,6 +150,14 @@ def ratio(cost, reference):
     return float(np.median(np.divide(cost.seconds, reference.seconds)))
 
 
+def import_times():
+    """Seconds of `import steindiff_jax` and of what it imports, in a new interpreter, by module."""
+    command = [sys.executable, "-X", "importtime", "-c", "import steindiff_jax"]
+    log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
+    rows = (line.split("|") for line in log.splitlines()[1:] if line.startswith("import time"))
+    return {name.strip(): 1e-6 * int(cumulative) for _, cumulative, name in rows}
+
+
 def floors(size):
     """FLOPs and bytes a second, of a matrix product (size, size) and of a copy as large."""
     square = jnp.ones((size, size))
@@ -170,6 +180,9 @@ def main():
     rate, bandwidth = floors(256 if arguments.tiny else 2048 if ON_CPU else 8192)
     print(f"{device.platform} {device.device_kind}, jax {jax.__version__}, float32, batch {batch}")
     print(f"{rate / 1e9:.0f} GFLOP/s (matrix product), {bandwidth / 1e9:.1f} GB/s (copy)")
+    seconds = import_times()
+    others = {name: f"{seconds[name]:.2f}" for name in ("jax", "chex", "jaxtyping")}
+    print(f"import steindiff_jax: {seconds['steindiff_jax']:.2f} s, of which {others}")
     rows = []
     for kind, network in NETWORKS.items():
         for width in widths:
