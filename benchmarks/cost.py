@@ -24,7 +24,7 @@ import metrics
 import steindiff_jax as sd
 
 INNER = sd.DPMpp2M()
-FRACTIONS = (1, 1 / 4, 1 / 8, 1 / 32)
+FRACTIONS = (1.0, 1 / 4, 1 / 8, 1 / 32)
 ON_CPU = jax.default_backend() == "cpu"
 # On CPUs XLA's own convolution has a slow derivative inside a loop, see `digits.Conv`.
 Conv = digits.Conv if ON_CPU else partial(nn.Conv, kernel_size=(3, 3))
@@ -57,7 +57,9 @@ class Transformer(nn.Module):
         h = nn.Dense(self.width)(patches) + place[None]
         for _ in range(3):
             scale = nn.Dense(self.width)(embedding(t))[:, None]
-            h += nn.SelfAttention(max(self.width // 64, 1))(nn.LayerNorm()(h) * (1 + scale))
+            h += nn.MultiHeadDotProductAttention(max(self.width // 64, 1))(
+                nn.LayerNorm()(h) * (1 + scale)
+            )
             h += nn.Dense(self.width)(nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(h))))
         h = nn.Dense(4 * c)(nn.LayerNorm()(h))
         return h.reshape(b, n // 2, n // 2, 2, 2, c).swapaxes(2, 3).reshape(x.shape)

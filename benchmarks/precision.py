@@ -28,7 +28,7 @@ RULES = {
     "StepEnergy, Tweedie": sd.Stein(sd.DPMpp2M(), sd.StepEnergy()),
     "PosteriorLength, every sample probed": sd.Stein(sd.DPMpp2M(), divergence=sd.Hutchinson()),
 }
-FRACTIONS = (1, 1 / 4, 1 / 8, 1 / 32)
+FRACTIONS = (1.0, 1 / 4, 1 / 8, 1 / 32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,7 +130,7 @@ def probing(n, steps, draws):
             distances = np.array([distance(s.x) for s in solutions])  # noqa: B023
             return Runs(gamma, np.array([s.x for s in solutions]).reshape(draws, n, -1), distances)
 
-        rows.append([str(scale), "seeds", "1", *runs(1, range(draws), range(draws)).spread()])
+        rows.append([str(scale), "seeds", "1", *runs(1.0, range(draws), range(draws)).spread()])
         for fraction in FRACTIONS:
             # Over the probes for one noise, the mean of the variance over three such noises.
             each = [runs(fraction, range(draws), [s] * draws).spread() for s in range(3)]

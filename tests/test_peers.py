@@ -211,6 +211,16 @@ def test_report_says_first_where_a_peer_wins(tmp_path):
     assert "| exact mixtures | 7 | 0.50 (0.50) | 5.00 (5.00)* |" in goals
     assert "broken, Karras: not finite in 1 of 1 runs" in text
     assert f"jax {jax.__version__}" in text
+    readme = tmp_path / "README.md"
+    readme.write_text(f"before\n{report.MARKS[0]}\nof old\n{report.MARKS[1]}\nafter\n")
+    for _ in range(2):
+        report.to_readme(tmp_path, readme)
+        lines = readme.read_text().splitlines()
+        assert (lines[0], lines[-1]) == ("before", "after")
+        assert "of old" not in lines
+        assert (
+            "| best peer | 0.200 | 0.020 | 0.200 | 0.020 | 0.200 | 0.020 | 0.200 | 0.020 |" in lines
+        )
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@
 Same noise, same grids, same denoiser, equal evaluations. Peers go into `.venv` beside this file,
 pinned by the requirements here; --here takes those of the Python that runs it. pip's own settings
 (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) say where to find torch's wheels without CUDA. Writes
-report.md, its figures, and quality.csv and speed.json of every single run.
+report.md, its figures, its headline in README.md, and quality.csv and speed.json of every run.
 """
 
 import argparse
@@ -60,6 +60,8 @@ def main() -> None:
         flax = ENVIRONMENT / "flax"
         together.run(arguments.quick, arguments.seeds, arguments.jobs, arguments.output, flax)
     print(report.write(arguments.output))
+    if arguments.output == HERE and not arguments.quick:
+        report.to_readme(HERE, ROOT / "README.md")
 
 
 if __name__ == "__main__":

@@ -129,6 +129,13 @@ def common_grids(steps: int) -> dict[str, np.ndarray]:
     return {name: np.asarray(make(steps), np.float64) for name, make in makers.items()}
 
 
+@cache
+def our_grids(steps: int) -> dict[str, np.ndarray]:
+    """Those, and DDPM's integer steps, which diffusers' schedulers take by default."""
+    ddpm = sd.ddpm_sigmas(steps, sd.Discrete.linear(), "linspace")
+    return common_grids(steps) | {"DDPM": np.asarray(ddpm, np.float64)}
+
+
 def grids(peer: libraries.Peer, steps: int) -> dict[str, np.ndarray]:
     """Those that the peer can step through, its own among them."""
     own = {} if peer.own_grid is None else {"own": peer.own_grid(steps)}
@@ -233,9 +240,7 @@ def _run(name: str, guidance: float, sizes: Sizes, with_flax: bool) -> list[Row]
         if method in libraries.CLIPPED:
             denoiser = sd.DynamicThreshold(denoiser, limit=facts["limit"])
         corrected = solver is None or isinstance(solver, sd.Stein)
-        if on_network and not corrected:
-            continue  # the mixtures show these to be the peers' own methods
-        for grid, sigmas in common_grids(budget).items():
+        for grid, sigmas in our_grids(budget).items():
             start = noise(seed, problem, n)
             padded = np.pad(sigmas, (0, max(budgets) + 1 - budget))  # one program for all
             solution = sd.sample(

@@ -413,6 +413,7 @@ def peers(with_flax: bool = False) -> list[Peer]:
 SOLVERS = {
     "DPM++ 2M": sd.DPMpp2M(),
     "DPM++ 3M": sd.DPMpp3M(),
+    "UniPC-2": sd.UniPC(2),
     "UniPC-3": sd.UniPC(3),
     "DEIS-3": sd.DEIS(3),
     "iPNDM-2": sd.IPNDM(2),

@@ -20,6 +20,7 @@ from peers.compare import Row
 GOAL = 0.8  # of the best peer's distance, under guidance of at least
 GUIDED_FROM = 3.0
 GOAL_RANGE = range(3, 17)  # evaluations
+MARKS = "<!-- peers -->", "<!-- end -->"  # in the README, around what is written there
 LIBRARIES = ("torch", "diffusers", "azula", "diffrax", "jax", "jaxlib", "numpy", "steindiff_jax")
 NEED_NEWER_PYTHON = {
     "dewml": (3, 12),
@@ -182,6 +183,18 @@ def write(output: Path) -> str:
     return text
 
 
+def to_readme(output: Path, readme: Path) -> None:
+    """Put the headline of what was run between the marks in the README."""
+    known = json.loads((output / "facts.json").read_text())
+    versions = ", ".join(f"{k} {v}" for k, v in known["versions"].items() if v)
+    table = headline(Comparison(compare.read(output / "quality.csv")))
+    text = readme.read_text(encoding="utf-8")
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    caption = f"{known['date']}, {known['machine']}; {versions}."
+    parts = [MARKS[0], table, caption, MARKS[1]]
+    readme.write_text(before + "\n\n".join(parts) + after, encoding="utf-8")
+
+
 def opening(known: dict) -> str:
     sizes = known["sizes"]
     versions = ", ".join(f"{k} {v}" for k, v in known["versions"].items() if v)
@@ -195,9 +208,9 @@ def opening(known: dict) -> str:
         "the guided ODE's fine solve (mixtures; every other component is the class asked for), of "
         f"{sizes['network_samples']} to the digits network's own fine solve at that guidance; "
         f"{sizes['seeds']} seed(s). Grids: Karras and log-SNR from 80 to 0.002 for all, and each "
-        "library's own default where it has one. Best means over samplers and grids, case by "
-        "case, of the noise that it is measured on: that favours the side with more samplers, "
-        "the peers. Means are geometric."
+        "library's own default where it has one, of ours DDPM's integer steps. Best means over "
+        "samplers and grids, case by case, of the noise that it is measured on: that favours the "
+        "side with more samplers, the peers. Means are geometric."
     )
 
 
@@ -280,6 +293,7 @@ def goals(comparison: Comparison) -> str:
 
 HEADLINE = {  # name in the table -> sampler, the better of its grids
     "default (ours)": "default",
+    "the same in a dynamic threshold (ours)": "default, dynamic threshold",
     "diffusers DPM++ 2M": "DPM++ 2M (diffusers)",
     "diffusers DPM++ 3M": "DPM++ 3M (diffusers)",
     "diffusers UniPC-3": "UniPC-3 (diffusers)",
