@@ -10,14 +10,11 @@ and 10 steps and the seeds; each cell reads plain / corrected, in the order of q
 """
 
 import argparse
-import contextlib
-import io
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from prdc import compute_prdc
 from tqdm import tqdm
 
 import metrics
@@ -45,10 +42,8 @@ def judge(problem: problems.Problem, x: np.ndarray) -> tuple[float, ...]:
     """The `MEASURES` of samples (n, *event), the first two NaN where there are no components."""
     x = np.asarray(x, np.float64).reshape(len(x), -1)
     draws = np.float64(problem.law[: 2 * len(x)]).reshape(-1, x.shape[1])
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes
-        found = compute_prdc(draws, x, NEIGHBOURS)
     hit = modes(problem.mixture, x) if problem.mixture else (np.nan, np.nan)
-    return *hit, float(found["precision"]), float(found["recall"])
+    return *hit, *metrics.precision_recall(draws, x, NEIGHBOURS)
 
 
 def measure(problem: problems.Problem, n: int, seeds: int) -> dict:

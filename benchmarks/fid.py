@@ -15,8 +15,6 @@ be compared with.
 """
 
 import argparse
-import contextlib
-import io
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from importlib import import_module
@@ -25,7 +23,6 @@ from typing import NamedTuple
 
 import jax
 import numpy as np
-from prdc import compute_prdc
 from sklearn.neural_network import MLPClassifier
 from tqdm import tqdm
 
@@ -82,9 +79,7 @@ def compare(reference: Statistics, samples: Statistics) -> tuple[float, float, f
     distance = frechet_distance(reference, samples)
     if reference.first is None or samples.first is None:
         return distance, np.nan, np.nan
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes
-        found = compute_prdc(reference.first, samples.first, NEIGHBOURS)
-    return distance, float(found["precision"]), float(found["recall"])
+    return distance, *metrics.precision_recall(reference.first, samples.first, NEIGHBOURS)
 
 
 # --- Images --------------------------------------------------------------------------------------

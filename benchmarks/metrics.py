@@ -1,9 +1,13 @@
 """Distances between samples and the law they should follow."""
 
+import contextlib
+import io
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from prdc import compute_prdc
 
 
 class SlicedWasserstein:
@@ -34,6 +38,16 @@ class SlicedWasserstein:
 def _sliced(x: Array, directions: Array, quantiles: Array, variance: Array) -> Array:
     gap = jnp.sort(x @ directions, axis=0) - quantiles
     return jnp.sqrt(jnp.mean(gap**2 / variance[None]))
+
+
+def precision_recall(law: np.ndarray, samples: np.ndarray, neighbours: int) -> tuple[float, float]:
+    """Share of samples within the nearest-neighbour balls of draws of the law, and the reverse.
+
+    Kynkaanniemi et al. 2019, arXiv:1904.06991, by `prdc`; both (n, features).
+    """
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints its sizes
+        found = compute_prdc(law, samples, neighbours)
+    return float(found["precision"]), float(found["recall"])
 
 
 def geometric_mean(values) -> float:

@@ -24,17 +24,12 @@ from tqdm import tqdm
 import digits
 import fid
 import metrics
+import quality
 import steindiff_jax as sd
 
 EVALUATIONS = (5, 6, 8, 10, 20)
 GRIDS = {"EDM": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
-SOLVERS = {
-    "2M": sd.DPMpp2M(),
-    "3M": sd.DPMpp3M(),
-    "UniPC-3": sd.UniPC(3),
-    "Heun": sd.Heun(),
-    "iPNDM-3": sd.IPNDM(3),
-}
+SOLVERS = {name: quality.SOLVERS[name] for name in ("2M", "3M", "UniPC-3", "Heun", "iPNDM-3")}
 CORRECTIONS = {
     "plain": lambda solver: solver,
     "default": sd.Stein,
@@ -58,11 +53,6 @@ def checkpoint(options: argparse.Namespace) -> tuple[sd.Denoiser, tuple[int, ...
     event = (options.size, options.size, module.in_channels)
     ends = {name: end for name, end in ends.items() if end}
     return sd.StaticThreshold(denoiser) if options.clip else denoiser, event, ends
-
-
-def steps(solver: str, evaluations: int) -> int:
-    """Heun takes two evaluations a step, one in the last."""
-    return (evaluations + 1) // 2 if solver == "Heun" else evaluations
 
 
 def main() -> None:
@@ -103,7 +93,7 @@ def main() -> None:
     for s, g, evaluations, c in tqdm(list(names)):
         if (cell := (s, g, str(evaluations), c)) in done:
             continue
-        k, most = (steps(s, n) for n in (evaluations, max(options.evaluations)))
+        k, most = (quality.steps_of(s, n) for n in (evaluations, max(options.evaluations)))
         samples = sd.sample_many(
             jax.random.key(0),
             denoiser,

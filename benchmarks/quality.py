@@ -49,6 +49,11 @@ CORRECTIONS = {"plain": lambda solver: solver, "corrected": sd.Stein}
 TARGETS = {"2M": 0.68, "3M": 0.35, "iPNDM-3": 0.85, "iPNDM-4": 0.85}
 
 
+def steps_of(solver: str, evaluations: int) -> int:
+    """As many as the evaluations allow; Heun takes two a step, and one in the last to 0."""
+    return (evaluations + 1) // 2 if solver == "Heun" else evaluations
+
+
 def measure(name: str, solvers: tuple[str, ...], n: int, seeds: int) -> dict:
     """(problem, solver, correction, grid, steps, seed) -> sliced-W2."""
     guided = name in problems.GUIDED

@@ -41,7 +41,7 @@ def measure(problem, n, seeds):
     found = {}
     for seed in tqdm(range(-1, seeds)):  # the first time, to compile
         for (s, c, solver), k in itertools.product(programs, STEPS):
-            steps = (k + 1) // 2 if s == "Heun" else k  # two evaluations each, one in the last
+            steps = quality.steps_of(s, k)
             sigmas = jnp.pad(sd.karras_sigmas(steps), (0, max(STEPS) + 1 - steps))  # all padded
             if seed < 0 and k > STEPS[0]:
                 continue  # one program for all numbers of steps

@@ -23,6 +23,7 @@ from steindiff_jax._typing import (
     Rows,
     Scalar,
     check_count,
+    check_fields,
     check_number,
     pytree,
     static,
@@ -119,15 +120,12 @@ class Hutchinson:
 
     probes: int = static(default=1)
     fraction: float = static(default=1.0)
-    distribution: str = static(default="rademacher")
+    distribution: str = static(default="rademacher", choices=(*DISTRIBUTIONS,))
 
     def __post_init__(self) -> None:
         check_count("probes", self.probes)
         check_number("fraction", self.fraction, "(0, 1]")
-        if self.distribution not in DISTRIBUTIONS:
-            raise ValueError(
-                f"distribution must be one of {list(DISTRIBUTIONS)}, got {self.distribution!r}"
-            )
+        check_fields(self)
 
     def __call__(
         self, keys: Key, denoiser: Denoiser, x: Batch, sigma: Scalar
