@@ -1,7 +1,9 @@
 """Few-step sampling of diffusion and flow models with Stein-corrected ODE steps, in pure JAX."""
 
 from steindiff_jax import diagnostics
-from steindiff_jax._typing import Denoiser, Info, Solution, Solver, State, Step, pytree, static
+from steindiff_jax._pytree import number, pytree, static
+from steindiff_jax._random import normal as noise
+from steindiff_jax.calibration import Calibrated, calibrate
 from steindiff_jax.denoisers import (
     DynamicThreshold,
     Network,
@@ -13,14 +15,32 @@ from steindiff_jax.denoisers import (
 from steindiff_jax.grids import (
     cosine_sigmas,
     ddpm_sigmas,
-    exponential_sigmas,
     flow_sigmas,
     karras_sigmas,
     log_snr_sigmas,
     time_sigmas,
 )
-from steindiff_jax.many import sample_many
+from steindiff_jax.protocols import (
+    Basis,
+    Denoiser,
+    Estimator,
+    Info,
+    Jacobian,
+    Local,
+    Previous,
+    Rule,
+    Schedule,
+    Solution,
+    Solver,
+    State,
+    Step,
+    StochasticSolver,
+    Wrapper,
+    ddim,
+    evaluate,
+)
 from steindiff_jax.sample import sample
+from steindiff_jax.sample_many import sample_many
 from steindiff_jax.schedules import EDM, Discrete, RectifiedFlow, VPCosine, VPLinear
 from steindiff_jax.solvers import (
     DDIM,
@@ -37,19 +57,91 @@ from steindiff_jax.solvers import (
     DPMpp3S,
     Euler,
     Heun,
-    RhoAB,
     UniPC,
 )
 from steindiff_jax.stein import (
     CleanTarget,
+    Cosine,
     Exact,
     Hutchinson,
-    Jacobian,
     PosteriorLength,
     Stein,
     StepEnergy,
     Tweedie,
+    Whole,
+    from_probes,
 )
-from steindiff_jax.stein.calibration import Calibrated, calibrate
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
+
+__all__ = [
+    "DDIM",
+    "DEIS",
+    "DPM2",
+    "EDM",
+    "IPNDM",
+    "LMS",
+    "AnalyticalFirst",
+    "Basis",
+    "Calibrated",
+    "Churn",
+    "CleanTarget",
+    "Cosine",
+    "DPMpp2M",
+    "DPMpp2MSDE",
+    "DPMpp2S",
+    "DPMpp3M",
+    "DPMpp3S",
+    "Denoiser",
+    "Discrete",
+    "DynamicThreshold",
+    "Estimator",
+    "Euler",
+    "Exact",
+    "Heun",
+    "Hutchinson",
+    "Info",
+    "Jacobian",
+    "Local",
+    "Network",
+    "PosteriorLength",
+    "Previous",
+    "RectifiedFlow",
+    "Rule",
+    "Schedule",
+    "Solution",
+    "Solver",
+    "State",
+    "StaticThreshold",
+    "Stein",
+    "Step",
+    "StepEnergy",
+    "StochasticSolver",
+    "Tweedie",
+    "UniPC",
+    "VPCosine",
+    "VPLinear",
+    "Whole",
+    "Wrapper",
+    "__version__",
+    "calibrate",
+    "cosine_sigmas",
+    "ddim",
+    "ddpm_sigmas",
+    "diagnostics",
+    "evaluate",
+    "flow_sigmas",
+    "from_linen",
+    "from_nnx",
+    "from_probes",
+    "guided",
+    "karras_sigmas",
+    "log_snr_sigmas",
+    "noise",
+    "number",
+    "pytree",
+    "sample",
+    "sample_many",
+    "static",
+    "time_sigmas",
+]

@@ -1,13 +1,14 @@
 """Reductions, safe division and integrals that keep their digits at both ends of a grid."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.typing import ArrayLike
 from jaxtyping import Float
 
-from steindiff_jax._typing import Batch, Key, Numeric, Rows
+from steindiff_jax.protocols import Batch, Numeric, Rows
 
 # Gauss-Legendre on [0, 1]: the integrand u^k exp(h u) is entire and positive, so 32 nodes
 # reach rounding for |h| <= 40 without the cancellation of the phi functions' recurrences.
@@ -15,24 +16,14 @@ _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(32)
 _NODES = (_NODES + 1) / 2
 
 
-def accurate(x: Array) -> Array:
+def at_least_float32(x: Array) -> Array:
     """The array in float32 or wider: the dtype of states and statistics."""
     return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
-def check_batch(name: str, x: ArrayLike, *, empty: bool = False) -> Array:
-    """Samples in `accurate`, or a ValueError for anything but numbers (batch, *event)."""
-    x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"{name} must be floating point, got {x.dtype}")
-    if x.ndim < 1 or not (x.size or empty):
-        raise ValueError(f"{name} must have shape (batch, *event), got {x.shape}")
-    return accurate(x)
-
-
 def inner(a: Batch, b: Batch) -> Rows:
     """Inner product of each sample of a with the same sample of b; (batch,)."""
-    return jnp.sum(accurate(a) * accurate(b), axis=range(1, a.ndim))
+    return jnp.sum(at_least_float32(a) * at_least_float32(b), axis=range(1, a.ndim))
 
 
 def expand(scalar: Array, x: Batch) -> Array:
@@ -45,65 +36,24 @@ def divide(a: Numeric, b: Numeric, otherwise: Numeric) -> Array:
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1.0), otherwise)
 
 
-def one_each(key: Key) -> bool:
-    """Whether these are keys (batch,), one for each sample, rather than one key for all."""
-    typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    return key.ndim > (0 if typed else 1)  # an old-style key is itself an array of two words
+def batch_mean(moments: Any, axis_name: str | None = None) -> Any:
+    """Means over the finite rows of a pytree of (rows, bands) arrays, over all devices; (bands,).
 
-
-def split(key: Key) -> tuple[Key, Key]:
-    """As `jax.random.split`; keys that are one for each sample are split one by one."""
-    each = jax.vmap(jax.random.split, out_axes=1) if one_each(key) else jax.random.split
-    first, second = each(key)
-    return first, second
-
-
-def fold_in(key: Key, data: ArrayLike) -> Key:
-    """As `jax.random.fold_in`; into each key where they are one for each sample."""
-    each = jax.vmap(jax.random.fold_in, (0, None)) if one_each(key) else jax.random.fold_in
-    return each(key, data)
-
-
-def sample_keys(key: Key, batch: int, axis_name: str | None = None) -> Key:
-    """One key a sample, by its index in the whole batch, however that is spread; (batch,)."""
-    if one_each(key):
-        if key.shape[0] != batch:
-            raise ValueError(
-                f"key must be one key, or one for each of the {batch} samples, got {key.shape[0]}"
-            )
-        return key
-    index = jnp.arange(batch)
-    if axis_name is not None:
-        index = index + batch * lax.axis_index(axis_name)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, index)
-
-
-def standard_normal(key: Key, x: Batch) -> Batch:
-    """Noise for every sample of x, each from a key of its own; shape and dtype of x."""
-    keys = sample_keys(key, x.shape[0])
-    return jax.vmap(lambda key: jax.random.normal(key, x.shape[1:], x.dtype))(keys)
-
-
-def batch_mean(
-    rows: Float[Array, "batch k"], axis_name: str | None = None, group: int = 1
-) -> Float[Array, " k"]:
-    """Mean over the finite rows of (batch, k), over all devices on `axis_name` if given; (k,).
-
-    One sum of one array, so that the whole step costs at most one all-reduce. A sample that
-    is not finite is left out, or it would spoil every other one, and with it those `group` rows of
-    which one was probed for all: without the others, or on their own, they would be biased.
+    One sum of one array, so that the whole step costs at most one all-reduce. A row that is not
+    finite in any moment is left out of all, since one NaN would spoil every mean.
     """
+    leaves, structure = jax.tree.flatten(moments)
+    if not leaves:
+        return moments
+    rows = jnp.concatenate([at_least_float32(leaf) for leaf in leaves], axis=1)
     finite = jnp.isfinite(rows).all(axis=1, keepdims=True)
-    if group > 1:
-        cut = finite.shape[0] // group * group  # the rest is in no group
-        whole = finite[:cut].reshape(cut // group, group, 1).all(axis=1, keepdims=True)
-        whole = jnp.broadcast_to(whole, (cut // group, group, 1)).reshape(cut, 1)
-        finite = jnp.concatenate([whole, finite[cut:]])
     kept = jnp.concatenate([jnp.where(finite, rows, 0), finite.astype(rows.dtype)], axis=1)
     total = kept.sum(axis=0)
     if axis_name is not None:
         total = lax.psum(total, axis_name)
-    return total[:-1] / jnp.maximum(total[-1], 1)
+    mean = total[:-1] / jnp.maximum(total[-1], 1)
+    ends = np.cumsum([leaf.shape[1] for leaf in leaves])[:-1]
+    return jax.tree.unflatten(structure, jnp.split(mean, ends))
 
 
 def exponential_moments(h: Float[Array, " n"], order: int) -> Float[Array, " n {order}-1"]:

@@ -6,34 +6,21 @@ conditioning are data, so that new ones do not trace again.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.typing import ArrayLike
 
-from steindiff_jax._numerics import accurate, expand
-from steindiff_jax._typing import (
-    Batch,
-    Denoiser,
-    Numeric,
-    Scalar,
-    check_fields,
-    check_number,
-    number,
-    pytree,
-    static,
-)
+from steindiff_jax import _checks
+from steindiff_jax._numerics import at_least_float32, expand
+from steindiff_jax._pytree import number, pytree, static
+from steindiff_jax.protocols import Basis, Batch, Denoiser, Numeric, Scalar, Schedule, Sigmas
 
-
-@runtime_checkable
-class Schedule(Protocol):
-    """The ratio sigma / alpha to time, alpha and sigma; see `schedules`."""
-
-    def at(self, ratio: Array, /) -> tuple[Array, Array, Array]: ...
-
+Cond = Mapping[str, Any]
+Scale = Numeric | Callable[[Scalar], Any]
 
 # What the network's output F means: x0 from F, the network's input x, alpha and sigma.
 PREDICTIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
@@ -57,7 +44,7 @@ class Network:
       schedule: see `from_linen`.
       prediction: see `from_linen`.
       sigma_data: see `from_linen`.
-      cond: arrays (batch, ...), one row for each sample.
+      cond: keyword -> array (batch, ...), a pytree of such arrays, or None.
     """
 
     apply: Callable[..., Array] = static()
@@ -65,16 +52,28 @@ class Network:
     schedule: Schedule
     prediction: str = static(choices=(*PREDICTIONS, "edm"))
     sigma_data: Numeric = number(default=0.5, within="(0, inf)")
-    cond: Mapping[str, ArrayLike] = dataclasses.field(default_factory=dict)
+    cond: Cond = dataclasses.field(default_factory=dict)
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        _checks.fields(self)
+        _checks.instance("schedule", self.schedule, Schedule, "a schedule such as VPCosine()")
+
+    def check(self, sigmas: Sigmas) -> None:
+        """Warn where a grid starts far above what the network was trained on."""
+        largest = getattr(self.schedule, "sigma_max", None)
+        if largest is not None and float(sigmas[0]) > 1.1 * float(largest):
+            warnings.warn(
+                f"the grid starts at sigma={float(sigmas[0]):.4g}, but the network's schedule ends "
+                f"at {float(largest):.4g}: pass sigma_max=schedule.sigma_max to the grid",
+                stacklevel=3,
+            )
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        for name, value in self.cond.items():
+        for path, value in jax.tree_util.tree_leaves_with_path(dict(self.cond)):
             if jnp.shape(value)[:1] != x.shape[:1]:
                 raise ValueError(
-                    f"cond[{name!r}] must have one row per sample: leading axis {x.shape[0]}, "
-                    f"got shape {jnp.shape(value)}"
+                    f"cond{jax.tree_util.keystr(path)} must have one row per sample: leading axis "
+                    f"{x.shape[0]}, got shape {jnp.shape(value)}"
                 )
         if self.prediction == "edm":
             # Karras et al. 2022, arXiv:2206.00364, table 1
@@ -86,10 +85,17 @@ class Network:
 
     def _evaluate(self, x: Array, t: Array) -> Array:
         times = jnp.broadcast_to(t, x.shape[:1]).astype(x.dtype)
-        return self.apply(self.parameters, x, times, **self.cond).astype(x.dtype)
+        f = self.apply(self.parameters, x, times, **self.cond)
+        if jnp.shape(f) != x.shape:
+            learned = jnp.shape(f) == (*x.shape[:-1], 2 * x.shape[-1])
+            raise ValueError(
+                f"the network must return the shape of its input, {x.shape}, got {jnp.shape(f)}"
+                + ("; leave out its learned variance, the second half" if learned else "")
+            )
+        return f.astype(x.dtype)
 
     def rows(self, take: Callable[[Array], Array]) -> "Network":
-        """The denoiser of some of the samples only: `take` picks rows of a (batch, ...) array."""
+        """The denoiser of some of the samples: `take` picks rows of a (batch, ...) array."""
         return dataclasses.replace(self, cond=jax.tree.map(take, dict(self.cond)))
 
 
@@ -100,7 +106,7 @@ def from_linen(
     schedule: Schedule,
     prediction: str,
     sigma_data: Numeric = 0.5,
-    cond: Mapping[str, ArrayLike] | None = None,
+    cond: Cond | None = None,
     **options: Any,
 ) -> Network:
     """Denoiser from a `flax.linen` module: apply(variables, x, t, **cond, **options).
@@ -112,15 +118,26 @@ def from_linen(
       schedule: how the network was trained; gives t, alpha and sigma from the ratio.
       prediction: "x0", "epsilon", "v", "score", "edm" or "flow".
       sigma_data: standard deviation of the data, for "edm" alone.
-      cond: labels and any other conditioning, keyword -> array (batch, ...), a row for each sample.
+      cond: labels and any other conditioning: keyword -> array (batch, ...) with a row for each
+        sample, a pytree of such arrays, or None.
       options: Python values for keywords of the module, such as train=False.
 
     Raises:
       ValueError: unknown prediction; at the call, a module in training mode (dropout or batch
         statistics would couple or randomise the samples), or cond without a row per sample.
     """
+    from flax import linen
+
+    _checks.instance("module", module, linen.Module, "a flax.linen module (see also from_nnx)")
     apply = _Linen(module, tuple(sorted(options.items())))
-    return Network(apply, variables, schedule, prediction, sigma_data, _arrays(cond))
+    return Network(
+        apply,
+        variables,
+        schedule,
+        prediction,
+        sigma_data,
+        jax.tree.map(jnp.asarray, dict(cond or {})),
+    )
 
 
 def from_nnx(
@@ -129,7 +146,7 @@ def from_nnx(
     schedule: Schedule,
     prediction: str,
     sigma_data: Numeric = 0.5,
-    cond: Mapping[str, ArrayLike] | None = None,
+    cond: Cond | None = None,
     **options: Any,
 ) -> Network:
     """Denoiser from a `flax.nnx` module called as module(x, t, **cond, **options).
@@ -139,16 +156,15 @@ def from_nnx(
     """
     from flax import nnx
 
+    _checks.instance("module", module, nnx.Module, "a flax.nnx module (see also from_linen)")
     inference = nnx.view(
         module, deterministic=True, use_running_average=True, raise_if_not_found=False
     )
     graph, state = nnx.split(inference)
     apply = _Nnx(graph, tuple(sorted(options.items())))
-    return Network(apply, state, schedule, prediction, sigma_data, _arrays(cond))
-
-
-def _arrays(cond: Mapping[str, ArrayLike] | None) -> dict[str, Array]:
-    return {name: jnp.asarray(value) for name, value in (cond or {}).items()}
+    return Network(
+        apply, state, schedule, prediction, sigma_data, jax.tree.map(jnp.asarray, dict(cond or {}))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,20 +214,20 @@ class Guided:
 
     conditional: Denoiser
     unconditional: Denoiser
-    scale: Numeric
+    scale: Scale
+    basis: Basis | None = None
+
+    def check(self, sigmas: Sigmas) -> None:
+        check(self.conditional, sigmas)
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        return self.with_posterior(x, sigma)[0]
-
-    def with_posterior(self, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
-        """See the function of that name."""
-        d_c, posterior = with_posterior(self.conditional, x, sigma)
-        d_u = self.unconditional(x, sigma)
-        return d_u + self.scale * (d_c - d_u), posterior
+        d_c, d_u = self.conditional(x, sigma), self.unconditional(x, sigma)
+        return _combine(d_c, d_u, self.scale, self.basis, sigma)
 
     def rows(self, take: Callable[[Array], Array]) -> "Guided":
         """See `Network.rows`."""
-        return Guided(rows(self.conditional, take), rows(self.unconditional, take), self.scale)
+        branches = rows(self.conditional, take), rows(self.unconditional, take)
+        return Guided(*branches, _scale_rows(self.scale, self.basis, take), self.basis)
 
 
 @pytree
@@ -219,15 +235,14 @@ class GuidedNetwork:
     """`Guided` where both branches are one network: evaluated in one call on 2 batch rows."""
 
     network: Network
-    unconditional: Mapping[str, ArrayLike]
-    scale: Numeric
+    unconditional: Cond
+    scale: Scale
+    basis: Basis | None = None
+
+    def check(self, sigmas: Sigmas) -> None:
+        self.network.check(sigmas)
 
     def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        return self.with_posterior(x, sigma)[0]
-
-    def with_posterior(self, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
-        """See the function of that name."""
-
         # Branches alternate row by row, so that a sharded batch stays where it is.
         def both(c: Array, u: Array) -> Array:
             return jnp.stack([c, u], axis=1).reshape(2 * c.shape[0], *c.shape[1:])
@@ -235,57 +250,99 @@ class GuidedNetwork:
         cond = jax.tree.map(both, dict(self.network.cond), dict(self.unconditional))
         d = dataclasses.replace(self.network, cond=cond)(both(x, x), sigma)
         d_c, d_u = jnp.moveaxis(d.reshape(x.shape[0], 2, *x.shape[1:]), 1, 0)
-        return d_u + self.scale * (d_c - d_u), d_c
+        return _combine(d_c, d_u, self.scale, self.basis, sigma)
 
     def rows(self, take: Callable[[Array], Array]) -> "GuidedNetwork":
         """See `Network.rows`."""
         fewer = jax.tree.map(take, dict(self.unconditional))
-        return GuidedNetwork(self.network.rows(take), fewer, self.scale)
+        scale = _scale_rows(self.scale, self.basis, take)
+        return GuidedNetwork(self.network.rows(take), fewer, scale, self.basis)
 
 
 def guided(
-    conditional: Denoiser, unconditional: Denoiser, scale: Numeric
+    conditional: Denoiser, unconditional: Denoiser, scale: Scale, *, basis: Basis | None = None
 ) -> Guided | GuidedNetwork:
     """Classifier-free guidance: D_u + scale (D_c - D_u); scale=1 is the conditional denoiser.
 
     Ho & Salimans 2022, arXiv:2207.12598. Two adapters that differ in nothing but the values of
-    `cond` (same network, same arrays of weights) are evaluated in one batched network call. The
-    result is no posterior mean, though made of one (`with_posterior`): `Tweedie` is biased.
+    `cond` (same network, same arrays of weights) are evaluated in one batched network call.
+
+    Args:
+      conditional: D_c.
+      unconditional: D_u; any other denoiser will do, such as a worse network (autoguidance).
+      scale: a number; an array (batch,), one for each sample; or a function of sigma that returns
+        either, such as `lambda sigma: jnp.where(sigma < 5, 3.0, 1.0)` (guidance interval).
+      basis: with a basis, scale has the values of its bands, (bands,): frequency-decoupled
+        guidance (Sadat et al. 2025, arXiv:2506.19713).
+
+    ValueError: a scale that is not finite.
     """
-    check_number("scale", scale, "(-inf, inf)")
+    if not callable(scale):
+        _checks.number("scale", scale, "(-inf, inf)")
+        scale = _checks.as_float(scale)
     if (
         isinstance(conditional, Network)
         and isinstance(unconditional, Network)
         and _differ_in_cond_alone(conditional, unconditional)
     ):
-        return GuidedNetwork(conditional, unconditional.cond, scale)
-    return Guided(conditional, unconditional, scale)
+        return GuidedNetwork(conditional, unconditional.cond, scale, basis)
+    return Guided(conditional, unconditional, scale, basis)
+
+
+def _combine(d_c: Batch, d_u: Batch, scale: Scale, basis: Basis | None, sigma: Scalar) -> Batch:
+    scale = jnp.asarray(scale(sigma) if callable(scale) else scale, d_c.dtype)
+    if basis is not None:
+        event = d_c.shape[1:]
+        bands = len(basis.sizes(event))
+        if scale.shape != (bands,):
+            raise ValueError(
+                f"scale must have a value for each of {bands} bands, got {scale.shape}"
+            )
+        change = basis.inverse(basis.spread(scale, event) * basis.transform(d_c - d_u))
+        return d_u + change
+    if scale.shape not in ((), d_c.shape[:1]):
+        raise ValueError(f"scale must have shape () or ({d_c.shape[0]},), got {scale.shape}")
+    return d_u + expand(scale, d_c) * (d_c - d_u)
+
+
+def _scale_rows(scale: Scale, basis: Basis | None, take: Callable) -> Scale:
+    return take(scale) if basis is None and not callable(scale) and jnp.ndim(scale) else scale
+
+
+class _Threshold:
+    """A denoiser whose x0 is limited by `limit_x0`."""
+
+    denoiser: Denoiser
+
+    def limit_x0(self, x0: Batch) -> Batch:
+        raise NotImplementedError
+
+    def check(self, sigmas: Sigmas) -> None:
+        check(self.denoiser, sigmas)
+
+    def __call__(self, x: Batch, sigma: Scalar) -> Batch:
+        return self.limit_x0(self.denoiser(x, sigma))
+
+    def rows(self, take: Callable[[Array], Array]) -> Any:
+        """See `Network.rows`."""
+        return dataclasses.replace(self, denoiser=rows(self.denoiser, take))  # pyright: ignore
 
 
 @pytree
-class StaticThreshold:
+class StaticThreshold(_Threshold):
     """The denoiser with x0 clipped to [-limit, limit], for data known to lie there."""
 
     denoiser: Denoiser
     limit: Numeric = number(default=1.0, within="(0, inf)")
 
-    __post_init__ = check_fields
+    __post_init__ = _checks.fields
 
-    def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        return self.with_posterior(x, sigma)[0]
-
-    def with_posterior(self, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
-        """See the function of that name."""
-        x0, posterior = with_posterior(self.denoiser, x, sigma)
-        return jnp.clip(x0, -self.limit, self.limit), posterior
-
-    def rows(self, take: Callable[[Array], Array]) -> "StaticThreshold":
-        """See `Network.rows`."""
-        return dataclasses.replace(self, denoiser=rows(self.denoiser, take))
+    def limit_x0(self, x0: Batch) -> Batch:
+        return jnp.clip(x0, -self.limit, self.limit)
 
 
 @pytree
-class DynamicThreshold:
+class DynamicThreshold(_Threshold):
     """The denoiser with each sample's x0 clipped to its own quantile and scaled back to the limit.
 
     x0 -> clip(x0, -s, s) limit / s, with s the quantile of |x0| over the sample, at least limit:
@@ -297,24 +354,15 @@ class DynamicThreshold:
     quantile: Numeric = number(default=0.995, within="[0, 1]")
     limit: Numeric = number(default=1.0, within="(0, inf)")
 
-    __post_init__ = check_fields
+    __post_init__ = _checks.fields
 
-    def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        return self.with_posterior(x, sigma)[0]
-
-    def with_posterior(self, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
-        """See the function of that name."""
-        x0, posterior = with_posterior(self.denoiser, x, sigma)
+    def limit_x0(self, x0: Batch) -> Batch:
         if not x0.size:
-            return x0, posterior
-        size = accurate(jnp.abs(x0)).reshape(x0.shape[0], -1)
+            return x0
+        size = at_least_float32(jnp.abs(x0)).reshape(x0.shape[0], -1)
         s = jnp.maximum(jnp.quantile(size, self.quantile, axis=1), self.limit)
         s = expand(s, x0).astype(x0.dtype)
-        return jnp.clip(x0, -s, s) * (self.limit / s), posterior
-
-    def rows(self, take: Callable[[Array], Array]) -> "DynamicThreshold":
-        """See `Network.rows`."""
-        return dataclasses.replace(self, denoiser=rows(self.denoiser, take))
+        return jnp.clip(x0, -s, s) * (self.limit / s)
 
 
 def rows(denoiser: Denoiser, take: Callable[[Array], Array]) -> Denoiser:
@@ -323,17 +371,9 @@ def rows(denoiser: Denoiser, take: Callable[[Array], Array]) -> Denoiser:
     return denoiser if select is None else select(take)
 
 
-def with_posterior(denoiser: Denoiser, x: Batch, sigma: Scalar) -> tuple[Batch, Batch]:
-    """The denoiser, and the posterior mean that it is made of: guidance's conditional branch.
-
-    A wrapper of your own that changes the value without being a posterior mean any more may offer a
-    method of this name; any other denoiser is its own.
-    """
-    both = getattr(denoiser, "with_posterior", None)
-    if both is not None:
-        return both(x, sigma)
-    x0 = denoiser(x, sigma)
-    return x0, x0
+def check(denoiser: Denoiser, sigmas: Sigmas) -> None:
+    """What the denoiser has to say of a grid, if anything."""
+    getattr(denoiser, "check", lambda _: None)(sigmas)
 
 
 def _differ_in_cond_alone(a: Network, b: Network) -> bool:

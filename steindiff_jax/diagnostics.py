@@ -21,37 +21,27 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 from jaxtyping import Bool, Float
 
-from steindiff_jax._numerics import (
-    accurate,
-    check_batch,
-    divide,
-    expand,
-    inner,
-    sample_keys,
-    standard_normal,
-)
-from steindiff_jax._typing import (
+from steindiff_jax import _checks, _random
+from steindiff_jax._numerics import at_least_float32, divide, expand, inner
+from steindiff_jax.grids import check_sigmas
+from steindiff_jax.protocols import (
     Batch,
     Denoiser,
+    Estimator,
     Key,
     Numeric,
     Rows,
     Scalar,
+    Schedule,
     Sigmas,
     Solution,
     Solver,
     State,
     Step,
-    check_count,
-    check_number,
 )
-from steindiff_jax.denoisers import Schedule
-from steindiff_jax.grids import check_sigmas
 from steindiff_jax.schedules import EDM
-from steindiff_jax.stein.calibration import freeze
-from steindiff_jax.stein.correction import Stein
-from steindiff_jax.stein.divergence import Divergence, Hutchinson, Tweedie
-from steindiff_jax.stein.rules import check_clip
+from steindiff_jax.stein import Hutchinson, Stein, Tweedie
+from steindiff_jax.stein.correction import Fixed
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -96,15 +86,15 @@ def spectral_norm(
     Raises:
       ValueError: for fewer than one iteration.
     """
-    check_batch("x", x)
-    return _power_iteration(function, x, standard_normal(key, x), iterations)[0]
+    _checks.batch("x", x)
+    return _power_iteration(function, x, _random.normal(key, x), iterations)[0]
 
 
 def _power_iteration(
     function: Callable[[Batch], Batch], x: Batch, start: Batch, iterations: int
 ) -> tuple[SpectralNorm, Batch]:
     """The norm and the unit v of its |J v|, which never falls from one iteration to the next."""
-    check_count("iterations", iterations)
+    _checks.count("iterations", iterations)
     _, forward = jax.linearize(function, x)
     backward = jax.linear_transpose(forward, x)
 
@@ -198,18 +188,18 @@ def contractivity(
 
     Costs 2 + 4 iterations evaluations or so per step and sample.
     """
-    sigmas, x_init = accurate(check_sigmas(sigmas)), check_batch("x_init", x_init)
+    sigmas, x_init = at_least_float32(check_sigmas(sigmas)), _checks.batch("x_init", x_init)
     key_steps, key_norms = jax.random.split(key)
 
     def body(state: State, inputs: tuple[Array, Scalar, Scalar]) -> tuple[State, tuple]:
         index, sigma, sigma_next = inputs
         key_step = jax.random.fold_in(key_steps, index)
-        start = standard_normal(jax.random.fold_in(key_norms, index), state.x)
-        new, step = solver.step(key_step, denoiser, state, sigma, sigma_next)
-        fixed = freeze(solver, step.gamma) if isinstance(solver, Stein) else solver
+        start = _random.normal(jax.random.fold_in(key_norms, index), state.x)
+        new, step = solver.advance(key_step, denoiser, state, sigma, sigma_next)
+        fixed = Fixed(solver, step.coefficients) if isinstance(solver, Stein) else solver
 
         def advance(x: Batch) -> Batch:
-            return fixed.step(key_step, denoiser, state._replace(x=x), sigma, sigma_next)[0].x
+            return fixed.advance(key_step, denoiser, state._replace(x=x), sigma, sigma_next)[0].x
 
         # The denoiser's iteration starts where the step's ended, so that L_D >= |J v| along the v
         # of L_T: a first-order step never exceeds its certificate, converged or not.
@@ -220,7 +210,7 @@ def contractivity(
         return new, (d.value, t.value, certificate, jnp.maximum(d.residual, t.residual))
 
     inputs = jnp.arange(sigmas.size - 1), sigmas[:-1], sigmas[1:]
-    _, profile = lax.scan(body, solver.init(x_init, sigmas), inputs)
+    _, profile = lax.scan(body, State(x_init, solver.init(x_init, sigmas)), inputs)
     return Contractivity(sigmas, *profile)
 
 
@@ -246,7 +236,7 @@ def stein_discrepancy(
     denoiser: Denoiser,
     x: Float[Array, "levels batch *event"],
     sigmas: Array,
-    divergence: Divergence = Hutchinson(),
+    estimator: Estimator = Hutchinson(),
 ) -> Discrepancy:
     """Energy of the noise that a denoiser sees, over what Stein's identity says it must be.
 
@@ -264,30 +254,31 @@ def stein_discrepancy(
     for Gaussian data of any covariance exactly the level that x was noised to (ours).
 
     Args:
-      key: for the divergence's probes.
+      key: for the estimator's probes.
       denoiser: as in `sample`.
       x: (levels, batch, *event) states.
       sigmas: (levels,) the positive level of each.
-      divergence: `Hutchinson(...)` or `Exact()`.
+      estimator: `Hutchinson(...)` or `Exact()`.
 
     Raises:
       ValueError: for `Tweedie`, which takes the identity for granted, and for shapes that disagree.
     """
-    if isinstance(divergence, Tweedie):
+    if isinstance(estimator, Tweedie):
         raise ValueError("Tweedie() assumes the identity that is measured: use Hutchinson()")
-    x = check_batch("x", x)
+    x = _checks.batch("x", x)
     sigmas = jnp.asarray(sigmas, x.dtype)
-    check_number("sigmas", sigmas, "(0, inf)")
+    _checks.number("sigmas", sigmas, "(0, inf)")
     if x.shape[:1] != sigmas.shape or x.ndim < 2:
         raise ValueError(f"x must have one batch per sigma: {sigmas.shape} of them, got {x.shape}")
 
     def level(inputs: tuple[Array, Batch, Scalar]) -> tuple[Array, Array, Array]:
         index, x, sigma = inputs
-        keys = sample_keys(jax.random.fold_in(key, index), x.shape[0])
-        x0, jacobian = divergence(keys, denoiser, x, sigma)
+        keys = _random.sample_keys(jax.random.fold_in(key, index), x.shape[0])
+        x0, jacobian = estimator(keys, denoiser, x, sigma)
         noise = (x - x0) / sigma
-        energy, expected = inner(noise, noise), jacobian.complement
-        away = jax.vmap(inner)(jacobian.v - jacobian.jv, jacobian.v - jacobian.jv).sum(0).mean()
+        left = jacobian.v - jacobian.jv
+        energy, expected = inner(noise, noise), jax.vmap(inner)(jacobian.v, left).sum(0)
+        away = jax.vmap(inner)(left, left).sum(0).mean()
         ratio = energy.mean() / expected.mean()
         error = jnp.std(energy - ratio * expected) / expected.mean() / math.sqrt(x.shape[0])
         implied = 1 + (energy - expected).mean() / away
@@ -326,7 +317,7 @@ def perturbation(
     sigma_next: Numeric,
     solver: Solver,
     *,
-    divergence: Divergence = Hutchinson(),
+    estimator: Estimator = Hutchinson(),
     schedule: Schedule = EDM(),
     score: Callable[[Batch], Batch] | None = None,
 ) -> Perturbation:
@@ -342,31 +333,31 @@ def perturbation(
     Args:
       key: for the probes.
       denoiser: as in `sample`; grad log p = (D - x) / sigma^2 in the library's coordinates.
-      state: `solver.init(x, sigmas)` for a sampler's first step, or its state at a later one.
+      state: `State(x, solver.init(x, sigmas))` for a sampler's first step, or its state at a later one.
       sigma: where the step starts.
       sigma_next: where it ends.
       solver: not corrected: u = x - T(x).
-      divergence: `Hutchinson(...)` or `Exact()`, whose probes are taken through the whole step.
+      estimator: `Hutchinson(...)` or `Exact()`, whose probes are taken through the whole step.
       schedule: coordinates alpha x in which u is taken, as in `CleanTarget`.
       score: grad log p~ at (batch, *event) in the library's coordinates, where it is known.
 
     Raises:
       ValueError: for `Tweedie`, which knows no derivative of the step.
     """
-    if isinstance(divergence, Tweedie):
+    if isinstance(estimator, Tweedie):
         raise ValueError("Tweedie() knows no derivative of the step: use Hutchinson() or Exact()")
     key_probe, key_step = jax.random.split(key)
-    x = check_batch("state.x", state.x)
-    check_number("sigma", sigma, "(0, inf)")
-    check_number("sigma_next / sigma", sigma_next / sigma, "[0, 1)")
+    x = _checks.batch("state.x", state.x)
+    _checks.number("sigma", sigma, "(0, inf)")
+    _checks.number("sigma_next / sigma", sigma_next / sigma, "[0, 1)")
     sigma, sigma_next = jnp.asarray(sigma, x.dtype), jnp.asarray(sigma_next, x.dtype)
     (_, alpha, sigma_t), (_, alpha_next, _) = schedule.at(sigma), schedule.at(sigma_next)
 
     def residual(x: Batch) -> Batch:
-        new, _ = solver.step(key_step, denoiser, state._replace(x=x), sigma, sigma_next)
+        new, _ = solver.advance(key_step, denoiser, state._replace(x=x), sigma, sigma_next)
         return alpha * x - alpha_next * new.x
 
-    x0, jacobian = divergence(sample_keys(key_probe, x.shape[0]), denoiser, x, sigma)
+    x0, jacobian = estimator(_random.sample_keys(key_probe, x.shape[0]), denoiser, x, sigma)
     u, derivative = jax.linearize(residual, x)
     trace = lax.map(lambda v: inner(v, derivative(v)), jacobian.v).sum(0).mean() / alpha
     energy = inner(u, u).mean()
@@ -426,15 +417,15 @@ def error_decay(
       gamma_min: lower clip of the coefficient.
       gamma_max: upper clip.
     """
-    sigmas, clean = accurate(check_sigmas(sigmas)), check_batch("clean", clean)
-    check_clip(gamma_min, gamma_max)
+    sigmas, clean = at_least_float32(check_sigmas(sigmas)), _checks.batch("clean", clean)
+    _checks.clip(gamma_min, gamma_max)
     key_noise, key_steps = jax.random.split(key)
 
     def body(carry: tuple, inputs: tuple[Array, Scalar, Scalar]) -> tuple[tuple, tuple]:
         state, error = carry
         index, sigma, sigma_next = inputs
         key_step = jax.random.fold_in(key_steps, index)
-        new, _ = solver.step(key_step, denoiser, state, sigma, sigma_next)
+        new, _ = solver.advance(key_step, denoiser, state, sigma, sigma_next)
         u, away = state.x - new.x, state.x - clean
         b, c = inner(u, away).mean(), inner(u, u).mean()
         gamma = jnp.clip(divide(b, c, 0.0), gamma_min, gamma_max)
@@ -442,10 +433,10 @@ def error_decay(
         after = inner(x - clean, x - clean).mean()
         return (new._replace(x=x), after), (gamma, divide(b**2, c * error, 0.0), after)
 
-    x = clean + sigmas[0] * standard_normal(key_noise, clean)
+    x = clean + sigmas[0] * _random.normal(key_noise, clean)
     start = inner(x - clean, x - clean).mean()
     inputs = jnp.arange(sigmas.size - 1), sigmas[:-1], sigmas[1:]
-    _, (gamma, rate, error) = lax.scan(body, (solver.init(x, sigmas), start), inputs)
+    _, (gamma, rate, error) = lax.scan(body, (State(x, solver.init(x, sigmas)), start), inputs)
     return Decay(gamma, rate, jnp.append(start, error))
 
 
@@ -478,9 +469,9 @@ class Report(NamedTuple):
       sigma: where the step starts.
       sigma_next: where it ends.
       gamma: batch mean of the coefficient.
-      x: root mean square per entry of the state at the end,
-      x0: of the denoiser,
-      delta: and of what the solver added to it.
+      x: root mean square, per entry, of the state at the end.
+      x0: root mean square of the denoiser.
+      delta: root mean square of what solver and correction added to the denoiser.
       finite: share of finite samples.
       ratio: Stein discrepancy of the state at the end, NaN where not asked for and at
         sigma_next = 0.
@@ -529,7 +520,7 @@ def trajectory_report(
     denoiser: Denoiser | None = None,
     *,
     key: Key | None = None,
-    divergence: Divergence = Hutchinson(),
+    estimator: Estimator = Hutchinson(),
 ) -> Report:
     """Coefficient, norms and, with the denoiser, the Stein discrepancy after each step of a run.
 
@@ -538,16 +529,16 @@ def trajectory_report(
       sigmas: (steps + 1,) the grid of that run.
       denoiser: evaluated once more at each state, with probes; leave it out to skip that.
       key: for the probes, needed with the denoiser.
-      divergence: see `stein_discrepancy`.
+      estimator: see `stein_discrepancy`.
 
     Raises:
       ValueError: a solution without that record, a grid of another length, a missing key.
     """
-    sigmas = accurate(check_sigmas(sigmas))
+    sigmas = at_least_float32(check_sigmas(sigmas))
     kept, steps = solution.record, sigmas.size - 1
     if not isinstance(kept, Kept):
         raise ValueError("the solution has no record to report: run sample(..., record=keep)")
-    check_batch("the record", kept.x)
+    _checks.batch("the record", kept.x)
     if kept.x.shape[0] != steps:
         raise ValueError(f"sigmas must be those of the run, {kept.x.shape[0] + 1}, got {steps + 1}")
     ratio = implied = jnp.full(steps, jnp.nan, sigmas.dtype)
@@ -556,11 +547,11 @@ def trajectory_report(
             raise ValueError("a key is needed for the probes of the Stein discrepancy")
         inside = sigmas[1:] > 0
         levels = jnp.where(inside, sigmas[1:], sigmas[:-1])  # anything positive at the end
-        found = stein_discrepancy(key, denoiser, kept.x, levels, divergence)
+        found = stein_discrepancy(key, denoiser, kept.x, levels, estimator)
         ratio, implied = (jnp.where(inside, f, jnp.nan) for f in (found.ratio, found.sigma))
 
     def rms(a: Array) -> PerStep:
-        return jnp.sqrt(jnp.mean(jnp.square(accurate(a)), axis=range(1, a.ndim)))
+        return jnp.sqrt(jnp.mean(jnp.square(at_least_float32(a)), axis=range(1, a.ndim)))
 
     gamma = solution.info.gamma.reshape(steps, -1).mean(1)
     finite: Bool[Array, "steps batch"] = solution.info.finite

@@ -12,7 +12,8 @@ from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from steindiff_jax._typing import Numeric, Sigmas, check_count, check_number
+from steindiff_jax import _checks
+from steindiff_jax.protocols import Numeric, Sigmas
 from steindiff_jax.schedules import Discrete
 
 
@@ -33,7 +34,7 @@ def karras_sigmas(
     Karras et al. 2022, arXiv:2206.00364, eq. 5. ValueError for fewer than one step.
     """
     low, high = _ends(sigma_min=sigma_min, sigma_max=sigma_max)
-    check_number("rho", rho, "(0, inf)")
+    _checks.number("rho", rho, "(0, inf)")
     return _uniform(steps, high ** (1 / rho), low ** (1 / rho), lambda u: u**rho)
 
 
@@ -45,9 +46,6 @@ def log_snr_sigmas(steps: int, sigma_min: Numeric = 0.002, sigma_max: Numeric = 
     """
     low, high = _ends(sigma_min=sigma_min, sigma_max=sigma_max)
     return _uniform(steps, jnp.log(high), jnp.log(low), jnp.exp)
-
-
-exponential_sigmas = log_snr_sigmas
 
 
 def cosine_sigmas(steps: int, sigma_min: Numeric = 0.002, sigma_max: Numeric = 80.0) -> Sigmas:
@@ -78,7 +76,7 @@ def time_sigmas(
         return schedule.sigma(t) / schedule.alpha(t)
 
     low, high = _ends("[0, inf)", t_min=t_min, t_max=t_max)
-    check_number("power", power, "(0, inf)")
+    _checks.number("power", power, "(0, inf)")
     return _uniform(steps, high ** (1 / power), low ** (1 / power), ratio)
 
 
@@ -88,9 +86,9 @@ def flow_sigmas(steps: int, shift: Numeric = 1.0, t_max: Numeric = 0.999) -> Sig
     The shifted time is shift t / (1 + (shift - 1) t) (Esser et al. 2024, arXiv:2403.03206, eq. 23),
     whose ratio t / (1 - t) is `shift` times that of t. ValueError for fewer than one step.
     """
-    check_number("shift", shift, "(0, inf)")
-    check_number("t_max", t_max, "(0, 1)")
-    t = jnp.linspace(t_max, 0.0, check_count("steps", steps) + 1)
+    _checks.number("shift", shift, "(0, inf)")
+    _checks.number("t_max", t_max, "(0, 1)")
+    t = jnp.linspace(t_max, 0.0, _checks.count("steps", steps) + 1)
     return check_sigmas(shift * t / (1 - t))
 
 
@@ -144,14 +142,14 @@ def check_sigmas(sigmas: ArrayLike) -> Array:
 def _ends(within: str = "(0, inf)", **ends: Numeric) -> tuple[Array, Array]:
     """Both ends of a grid as arrays, which overflow to infinity where numbers raise."""
     (low, start), (high, end) = ends.items()
-    check_number(low, start, within)
-    check_number(high, end, "(0, inf)")
+    _checks.number(low, start, within)
+    _checks.number(high, end, "(0, inf)")
     start, end = jnp.asarray(start), jnp.asarray(end)
-    check_number(f"{low} / {high}", start / end, "[0, 1]")
+    _checks.number(f"{low} / {high}", start / end, "[0, 1]")
     return start, end
 
 
 def _uniform(steps: int, start: Array, end: Array, ratio: Callable[[Array], Array]) -> Sigmas:
     """The ratio at `steps` equidistant points from start to end, then 0."""
-    ramp = jnp.linspace(0.0, 1.0, check_count("steps", steps))
+    ramp = jnp.linspace(0.0, 1.0, _checks.count("steps", steps))
     return check_sigmas(jnp.append(ratio((1 - ramp) * start + ramp * end), 0.0))

@@ -1,7 +1,8 @@
 """The driver: one scan over the sigmas."""
 
+import dataclasses
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +11,11 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from steindiff_jax._numerics import accurate, check_batch, fold_in, sample_keys, split
-from steindiff_jax._typing import (
+from steindiff_jax import _checks, _random, denoisers
+from steindiff_jax._numerics import at_least_float32
+from steindiff_jax.grids import check_sigmas
+from steindiff_jax.protocols import (
+    AnySolver,
     Batch,
     Denoiser,
     Info,
@@ -20,11 +24,8 @@ from steindiff_jax._typing import (
     Scalar,
     Sigmas,
     Solution,
-    Solver,
     State,
-    check_shape,
 )
-from steindiff_jax.grids import check_sigmas
 from steindiff_jax.solvers import IPNDM
 from steindiff_jax.stein import Stein
 
@@ -37,7 +38,7 @@ def sample(
     shape: tuple[int, ...] | None = None,
     *,
     sigmas: ArrayLike,
-    solver: Solver | None = None,
+    solver: AnySolver | None = None,
     x_init: ArrayLike | None = None,
     record: Record | None = None,
     remat: bool = False,
@@ -47,8 +48,9 @@ def sample(
     Call it as it is, or inside your own jit, vmap, grad and scan. Called as it is, it compiles once
     for each shape and number of steps: another key, another grid, other numbers in the solver and
     other weights in a pytree denoiser do not trace again. A denoiser that is a plain function is
-    known by its identity, as under `jax.jit`: what it closes over is read once. Pass weights
-    that change in a pytree (`from_linen`, `from_nnx`, `jax.tree_util.Partial`).
+    known by its identity, as under `jax.jit`: what it closes over is read once, and kept for as
+    long as its program is. Pass weights that change in a pytree (`from_linen`, `from_nnx`,
+    `jax.tree_util.Partial`).
 
     Args:
       key: of `jax.random`, for the initial noise and for the solver's probes. Or keys (batch,), one
@@ -59,9 +61,10 @@ def sample(
       sigmas: (steps + 1,) decreasing noise-to-signal ratios; end in 0 for clean samples. See
         `karras_sigmas`. Further zeros are padding: those steps are skipped, and grids padded to
         one length share one compiled program (known by value, so not inside your own jit).
-      solver: default `Stein(IPNDM(3))`, the best overall in `benchmarks/exact_problems.py`.
+      solver: default `Stein(IPNDM(3))`, the best overall in `benchmarks/quality.py`.
       x_init: (batch, *event) start at sigmas[0], in place of sigmas[0] * noise.
-      record: (state, step) -> anything; what it returns is stacked over the steps.
+      record: (state, step) -> anything; what it returns is stacked over the steps. Of a skipped
+        step it is that of the step before.
       remat: for gradients: keep the state of each step alone and compute the step again on the
         way back, which takes one more evaluation and far less memory.
 
@@ -69,86 +72,120 @@ def sample(
       `Solution`. Its x is in float32 or wider, whatever the network computes in.
 
     Raises:
-      ValueError: for a grid that is not one, a shape and an x_init that disagree, an integer
-        x_init, a denoiser whose result has another shape or dtype than x. Non-finite samples
-        raise nothing: they are marked in info.finite and left out of the statistics.
+      ValueError: for a grid that is not one, a solver that is none, a shape and an x_init that
+        disagree, an integer x_init, a denoiser whose result has another shape or dtype than x.
+        Non-finite samples raise nothing: they are marked in info.finite and left out of the
+        statistics.
     """
-    sigmas = accurate(check_sigmas(sigmas))
+    sigmas = at_least_float32(check_sigmas(sigmas))
     solver = DEFAULT if solver is None else solver
-    if not isinstance(sigmas, Tracer):  # a solver tied to one grid, such as `Calibrated`
-        getattr(solver, "check", lambda _: None)(sigmas)
-    shape = None if shape is None else check_shape("shape", shape)
+    _checks.instance("solver", solver, AnySolver, "a solver such as Stein(IPNDM(3))")
+    if not callable(denoiser) or isinstance(denoiser, type):
+        raise ValueError(f"denoiser must be a function (x, sigma) -> x0, got {denoiser!r}")
+    if not isinstance(key, Array) or key.ndim < (0 if _random.is_typed(key) else 1):
+        raise ValueError(f"key must be of jax.random, such as jax.random.key(0), got {key!r}")
+    if not isinstance(sigmas, Tracer):
+        solver.check(sigmas)
+        denoisers.check(denoiser, sigmas)
+    shape = None if shape is None else _checks.shape("shape", shape)
     if x_init is None:
         if not shape:
             raise ValueError(f"shape (batch, *event) or x_init is needed, got shape={shape}")
     else:
-        x_init = check_batch("x_init", x_init, empty=True)
+        x_init = _checks.batch("x_init", x_init, allow_empty=True)
         if shape not in (None, x_init.shape):
             raise ValueError(f"x_init must have shape {shape}, got {x_init.shape}")
         shape, sigmas = (), sigmas.astype(x_init.dtype)
-    data, program = _split((denoiser, solver, record))
     padded = (
         not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(np.asarray(sigmas)[-2] == 0)
     )
-    return _sample(
-        key, data, sigmas, x_init, program=program, shape=shape, padded=padded, remat=remat
-    )
+    parts = jax.tree.map(partial(_as_data, dtype=sigmas.dtype), (denoiser, solver, record))
+    return _sample(key, *parts, sigmas, x_init, shape=shape, padded=padded, remat=remat)
 
 
-@partial(jax.jit, static_argnames=("program", "shape", "padded", "remat"))
+@partial(jax.jit, static_argnames=("shape", "padded", "remat"))
 def _sample(
     key: Key,
-    data: list[Array],
+    denoiser: Denoiser,
+    solver: AnySolver,
+    record: Record | None,
     sigmas: Sigmas,
     x_init: Batch | None,
     *,
-    program: tuple,
     shape: tuple[int, ...],
     padded: bool,
     remat: bool,
 ) -> Solution:
-    denoiser, solver, record = _join(data, program)
-    key_noise, key_steps = split(key)
+    denoiser, solver, record = jax.tree.map(
+        _from_data, (denoiser, solver, record), is_leaf=lambda leaf: isinstance(leaf, Static)
+    )
+    key_noise, key_steps = _random.split(key)
     if x_init is None:
         # A solver that knows the mapped axis of the batch would else start every shard alike.
-        keys = sample_keys(key_noise, shape[0], getattr(solver, "axis_name", None))
+        keys = _random.sample_keys(key_noise, shape[0], solver.axis_name)
         noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:], sigmas.dtype))(keys)
         x_init = sigmas[0] * noise
     _check_denoiser(denoiser, x_init, sigmas[0])
 
-    def body(state: State, inputs: tuple[Array, Scalar, Scalar]) -> tuple[State, Any]:
+    def advance(state: State, inputs: tuple[Array, Scalar, Scalar]) -> tuple[State, tuple]:
         index, sigma, sigma_next = inputs
+        key_step = _random.fold_in(key_steps, index)
+        new, step = solver.advance(key_step, denoiser, state, sigma, sigma_next)
+        # The state keeps its dtypes, whatever those of the solver's own numbers.
+        new = jax.tree.map(lambda a, b: jnp.asarray(a, b.dtype), new, state)
+        finite = jnp.isfinite(new.x).all(axis=range(1, new.x.ndim))
+        kept = record and record(new, step)
+        facts = jnp.asarray(step.gamma, sigmas.dtype), step.nfe, finite, kept
+        return new, jax.tree.map(jnp.asarray, facts)
 
-        def advance(state: State) -> tuple[State, Any]:
-            key_step, before = fold_in(key_steps, index), state
-            state, step = solver.step(key_step, denoiser, state, sigma, sigma_next)
-            # The state keeps its dtypes, whatever those of the solver's own numbers.
-            state = jax.tree.map(_like, state, before)
-            finite = jnp.isfinite(state.x).all(axis=range(1, state.x.ndim))
-            facts = (
-                jnp.asarray(step.gamma, sigmas.dtype),
-                step.nfe,
-                finite,
-                record and record(state, step),
-            )
-            return state, jax.tree.map(jnp.asarray, facts)
-
-        if not padded:
-            return advance(state)
-        _, facts = jax.eval_shape(advance, state)
-        blank = jax.tree.map(lambda a: jnp.ones(a.shape, a.dtype), facts)
-        return lax.cond(sigma > 0, advance, lambda state: (state, blank), state)
-
-    if remat:
-        body = jax.checkpoint(body, prevent_cse=False)  # the scan separates the two already
-    steps = jnp.arange(sigmas.size - 1)
-    start = solver.init(x_init, sigmas)
-    end, (gamma, nfe, finite, kept) = lax.scan(body, start, (steps, sigmas[:-1], sigmas[1:]))
-    return Solution(end.x, Info(gamma, (nfe * (sigmas[:-1] > 0)).sum(), finite), kept)
+    body = jax.checkpoint(advance, prevent_cse=False) if remat else advance
+    start = State(x_init, solver.init(x_init, sigmas))
+    inputs = jnp.arange(sigmas.size - 1), sigmas[:-1], sigmas[1:]
+    if padded:
+        end, (gamma, nfe, finite, kept) = _scan_padded(body, start, inputs)
+    else:
+        end, (gamma, nfe, finite, kept) = lax.scan(body, start, inputs)
+    return Solution(end.x, Info(gamma, nfe.sum(), finite), kept)
 
 
-def _like(new: ArrayLike, old: Array) -> ArrayLike:
-    return new if jnp.result_type(new) == old.dtype else jnp.asarray(new, old.dtype)
+def _scan_padded(body: Any, start: State, inputs: tuple) -> tuple[State, Any]:
+    """As `lax.scan`, but a step from 0 to 0 changes nothing and repeats what the last one gave."""
+    first = jax.tree.map(lambda a: a[0], inputs)
+    blank = jax.tree.map(
+        lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(body, start, first)[1]
+    )
+
+    def skipped(state: State, facts: tuple) -> tuple[State, tuple]:
+        gamma, nfe, *rest = facts
+        return state, (jnp.ones_like(gamma), jnp.zeros_like(nfe), *rest)
+
+    def padded(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
+        made = inputs[1] > 0
+        state, facts = lax.cond(made, lambda s, _: body(s, inputs), skipped, *carry)
+        return (state, facts), facts
+
+    (end, _), facts = lax.scan(padded, (start, blank), inputs)
+    return end, facts
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """A part of a pytree that belongs to the program: a function, a string."""
+
+    value: Any
+
+
+def _as_data(leaf: Any, dtype: Any) -> Any:
+    """A leaf as an argument of `jit`: numbers in one dtype, so that all kinds share a program."""
+    weak = isinstance(leaf, Array) and leaf.ndim == 0 and leaf.weak_type
+    if isinstance(leaf, float | np.floating) or (weak and jnp.issubdtype(leaf.dtype, jnp.floating)):
+        return jnp.asarray(leaf, dtype)
+    return leaf if isinstance(leaf, ArrayLike) else Static(leaf)
+
+
+def _from_data(leaf: Any) -> Any:
+    return leaf.value if isinstance(leaf, Static) else leaf
 
 
 def _check_denoiser(denoiser: Denoiser, x: Batch, sigma: Scalar) -> None:
@@ -160,20 +197,3 @@ def _check_denoiser(denoiser: Denoiser, x: Batch, sigma: Scalar) -> None:
             f"the denoiser must return shape {x.shape} and dtype {x.dtype} like its input, "
             f"got {got[0]} and {got[1]}"
         )
-
-
-def _split(tree: Any) -> tuple[list, tuple]:
-    """Arrays and floats of a pytree, as data, and all else, as part of the program."""
-    leaves, structure = jax.tree.flatten(tree)
-    is_data = [isinstance(leaf, get_args(ArrayLike)) for leaf in leaves]
-    data = [leaf for leaf, known in zip(leaves, is_data, strict=True) if known]
-    rest = tuple(None if known else leaf for leaf, known in zip(leaves, is_data, strict=True))
-    return data, (rest, tuple(is_data), structure)
-
-
-def _join(data: list, program: tuple) -> Any:
-    rest, is_data, structure = program
-    arrays = iter(data)
-    return jax.tree.unflatten(
-        structure, [next(arrays) if k else r for r, k in zip(rest, is_data, strict=True)]
-    )

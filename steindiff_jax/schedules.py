@@ -13,15 +13,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
+from steindiff_jax import _checks
 from steindiff_jax._numerics import divide
-from steindiff_jax._typing import (
-    Numeric,
-    check_count,
-    check_fields,
-    check_number,
-    number,
-    pytree,
-)
+from steindiff_jax._pytree import number, pytree
+from steindiff_jax.protocols import Numeric
 
 
 def _parts(ratio: Array) -> tuple[Array, Array]:
@@ -75,8 +70,13 @@ class VPLinear(_VariancePreserving):
     beta_max: Numeric = number(default=20.0, within="(0, inf)")
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        check_number("beta_min / beta_max", self.beta_min / self.beta_max, "[0, 1]")
+        _checks.fields(self)
+        _checks.number("beta_min / beta_max", self.beta_min / self.beta_max, "[0, 1]")
+
+    @property
+    def sigma_max(self) -> Array:
+        """The ratio at t = 1."""
+        return jnp.sqrt(jnp.expm1((self.beta_min + self.beta_max) / 2))
 
     def _integral(self, t: Array) -> Array:
         return t * (self.beta_min + t * (self.beta_max - self.beta_min) / 2)
@@ -104,7 +104,7 @@ class VPCosine(_VariancePreserving):
 
     shift: Numeric = number(default=0.008, within="[0, inf)")
 
-    __post_init__ = check_fields
+    __post_init__ = _checks.fields
 
     def _angles(self, t: Array) -> tuple[Array, Array]:
         """(a - a_0, a_0)."""
@@ -143,7 +143,7 @@ class RectifiedFlow:
 
     shift: Numeric = number(default=1.0, within="(0, inf)")
 
-    __post_init__ = check_fields
+    __post_init__ = _checks.fields
 
     def alpha(self, t: Array) -> Array:
         return (1 - t) / (1 + (self.shift - 1) * t)
@@ -171,27 +171,27 @@ class Discrete(_VariancePreserving):
     betas: ArrayLike = number(within="(0, 1)")
 
     def __post_init__(self) -> None:
-        check_fields(self)
+        _checks.fields(self)
         if jnp.ndim(self.betas) != 1 or not jnp.size(self.betas):
             raise ValueError(f"betas must have shape (steps,), got {jnp.shape(self.betas)}")
 
     @classmethod
     def linear(cls, steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> "Discrete":
         """Betas uniform from start to end (Ho et al. 2020)."""
-        return cls(jnp.linspace(start, end, check_count("steps", steps)))
+        return cls(jnp.linspace(start, end, _checks.count("steps", steps)))
 
     @classmethod
     def scaled_linear(
         cls, steps: int = 1000, start: float = 0.00085, end: float = 0.012
     ) -> "Discrete":
         """Square roots of betas uniform (Rombach et al. 2022, arXiv:2112.10752)."""
-        return cls(jnp.linspace(start**0.5, end**0.5, check_count("steps", steps)) ** 2)
+        return cls(jnp.linspace(start**0.5, end**0.5, _checks.count("steps", steps)) ** 2)
 
     @classmethod
     def cosine(cls, steps: int = 1000, max_beta: float = 0.999) -> "Discrete":
         """Betas of `VPCosine`, at most max_beta (Nichol & Dhariwal 2021, arXiv:2102.09672)."""
         # alpha is sin(w), with w = 0 at the end: 1 - sin(w')^2 / sin(w)^2 without cancellation.
-        w = math.pi / 2 / 1.008 * jnp.linspace(1.0, 0.0, check_count("steps", steps) + 1)
+        w = math.pi / 2 / 1.008 * jnp.linspace(1.0, 0.0, _checks.count("steps", steps) + 1)
         betas = jnp.sin(w[-2]) * jnp.sin(w[1:] + w[:-1]) / jnp.sin(w[:-1]) ** 2
         return cls(jnp.minimum(betas, max_beta))
 
@@ -211,6 +211,16 @@ class Discrete(_VariancePreserving):
         drop = jnp.expm1(log_steps) / jnp.expm1(rest)
         drop = drop.at[-1].set(drop[-2])
         return Discrete(jnp.append(betas[0], drop * (2 - drop)))
+
+    @property
+    def sigma_min(self) -> Array:
+        """The ratio at the first timestep."""
+        return self.ratio(0.0)
+
+    @property
+    def sigma_max(self) -> Array:
+        """The ratio at the last timestep."""
+        return self.ratio(float(jnp.size(self.betas) - 1))
 
     def _log_alpha(self) -> Array:
         return jnp.cumsum(jnp.log1p(-jnp.asarray(self.betas))) / 2

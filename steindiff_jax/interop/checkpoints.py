@@ -24,8 +24,8 @@ from flax.traverse_util import unflatten_dict
 from jax import Array
 from safetensors import SafetensorError, safe_open
 
-from steindiff_jax.denoisers import Schedule
 from steindiff_jax.interop.networks import DiT, UNet2D
+from steindiff_jax.protocols import Schedule
 from steindiff_jax.schedules import EDM, Discrete
 
 WEIGHTS = "diffusion_pytorch_model"

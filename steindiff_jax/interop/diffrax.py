@@ -28,10 +28,14 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.typing import ArrayLike
 
-from steindiff_jax._numerics import accurate, check_batch, inner, sample_keys
-from steindiff_jax._typing import (
+from steindiff_jax import _checks, _random
+from steindiff_jax._numerics import at_least_float32, inner
+from steindiff_jax._pytree import pytree, static
+from steindiff_jax.grids import check_sigmas
+from steindiff_jax.protocols import (
     Batch,
     Denoiser,
+    Estimator,
     Key,
     Numeric,
     Rows,
@@ -40,14 +44,10 @@ from steindiff_jax._typing import (
     Solver,
     State,
     Step,
-    check_number,
-    pytree,
-    static,
+    ddim,
+    evaluate,
 )
-from steindiff_jax.grids import check_sigmas
-from steindiff_jax.solvers._step import ddim, take_step
 from steindiff_jax.stein import Exact, Stein
-from steindiff_jax.stein.divergence import Divergence
 
 
 @pytree
@@ -73,7 +73,7 @@ def probability_flow(denoiser: Denoiser, sigmas: ArrayLike | None = None) -> dif
 
     ValueError for a grid that is not one.
     """
-    grid = None if sigmas is None else accurate(check_sigmas(sigmas))
+    grid = None if sigmas is None else at_least_float32(check_sigmas(sigmas))
     return diffrax.ODETerm(ProbabilityFlow(denoiser, grid))
 
 
@@ -82,7 +82,7 @@ def times(sigmas: ArrayLike) -> Array:
 
     ValueError for a grid that is not one, or ends in 0 as far as its values are known.
     """
-    grid = accurate(check_sigmas(sigmas))
+    grid = at_least_float32(check_sigmas(sigmas))
     if not isinstance(grid, Tracer) and grid[-1] == 0:
         raise ValueError(f"sigma = 0 lies at t = infinity: pass sigmas[:-1], got sigmas={grid}")
     return -jnp.log(grid)
@@ -101,7 +101,7 @@ def to_data(solution: diffrax.Solution, denoiser: Denoiser) -> Batch:
 
 
 @pytree
-class FromDiffrax:
+class FromDiffrax(Solver):
     """One step of an explicit Runge-Kutta method of diffrax in t = -log sigma, as a `Solver`.
 
     It remembers nothing: methods that share an evaluation between steps (FSAL) make it anew, at the
@@ -128,14 +128,19 @@ class FromDiffrax:
         tableau = getattr(self.solver, "tableau", None)
         return 1 if tableau is None else tableau.num_stages
 
-    def init(self, x: Batch, sigmas: Sigmas) -> State:  # noqa: ARG002
-        return State(x)
-
     def step(
-        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
-    ) -> tuple[State, Step]:
+        self,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        *,
+        x0: Batch | None = None,
+    ) -> tuple[Step, tuple[()]]:
         del key
-        x, x0 = state.x, denoiser(state.x, sigma)
+        x = state.x
+        x0, nfe = evaluate(denoiser, x, sigma, x0)
         # A step to 0, or one of no length (a solve that has ended, under vmap), is not made.
         made = (sigma_next > 0) & (sigma_next < sigma)
         end = jnp.where(made, sigma_next, sigma / 2)
@@ -156,8 +161,7 @@ class FromDiffrax:
             return (y1 - ddim(x, x0, sigma, end)) / -jnp.expm1(t0 - t1)
 
         delta = lax.cond(made, beyond, lambda: jnp.zeros_like(x0))
-        nfe = jnp.where(made, self.stages, 1)
-        return take_step(x, x0, delta, sigma, sigma_next, nfe=nfe)
+        return Step(x0, delta, nfe + jnp.where(made, self.stages - 1, 0)), ()
 
 
 class SigmaInterpolation(diffrax.AbstractLocalInterpolation):
@@ -195,8 +199,7 @@ class AsDiffrax(diffrax.AbstractSolver):
     interpolation_cls: ClassVar = SigmaInterpolation
 
     def __init__(self, solver: Solver, key: Key | None = None) -> None:
-        if getattr(solver, "stochastic", False):
-            raise ValueError(f"only deterministic solvers solve an ODE, got {solver!r}")
+        _checks.instance("solver", solver, Solver, "a deterministic solver such as DPMpp2M()")
         self.solver = solver
         # Plain numbers: in reverse mode, DirectAdjoint's loop cannot carry a typed key.
         key = jax.random.key(0) if key is None else key
@@ -216,7 +219,7 @@ class AsDiffrax(diffrax.AbstractSolver):
                     f"{self.solver!r} computes its weights from all of the grid: pass it as "
                     "probability_flow(denoiser, sigmas)"
                 )
-        return self.solver.init(y0, grid.astype(sigma.dtype)).history, jnp.zeros((), jnp.int32)
+        return self.solver.init(y0, grid.astype(sigma.dtype)), jnp.zeros((), jnp.int32)
 
     def step(
         self,
@@ -229,7 +232,7 @@ class AsDiffrax(diffrax.AbstractSolver):
         made_jump: Any,
     ) -> tuple:
         del args, made_jump
-        history, index = solver_state
+        memory, index = solver_state
         flow, sigma, sigma_next = _flow(terms, t0, t1)
         if flow.sigmas is None:
             sigma_next = eqx.error_if(
@@ -247,9 +250,10 @@ class AsDiffrax(diffrax.AbstractSolver):
         # As `sample` does it: one key draws the same probes.
         key = jax.random.wrap_key_data(self.key_data, impl=self.key_impl)
         key = jax.random.fold_in(jax.random.split(key)[1], index)
-        new, step = self.solver.step(key, flow.denoiser, State(y0, history), sigma, sigma_next)
+        state = State(y0, memory)
+        new, step = self.solver.advance(key, flow.denoiser, state, sigma, sigma_next)
         dense = {"y0": y0, "y1": new.x, "x0": step.x0}
-        return new.x, None, dense, (new.history, index + 1), diffrax.RESULTS.successful
+        return new.x, None, dense, (new.memory, index + 1), diffrax.RESULTS.successful
 
     def func(self, terms: Any, t0: Any, y0: Batch, args: Any) -> Batch:
         return terms.vf(t0, y0, args)
@@ -297,7 +301,7 @@ class SteinCorrected(AsDiffrax):
     Args:
       solver: Euler, Heun, Midpoint, Ralston, Bosh3, Tsit5, Dopri5, Dopri8.
       key: for the probes, one draw per step; default key(0).
-      **options: rule, divergence, statistics, axis_name, as in `Stein`.
+      **options: rule, estimator, basis, statistics, axis_name, as in `Stein`.
 
     Raises:
       ValueError: any other solver, or what `Stein` refuses. RuntimeError as in `as_diffrax`.
@@ -319,7 +323,7 @@ def log_likelihood(
     *,
     sigma_min: Numeric = 0.002,
     sigma_max: Numeric = 80.0,
-    divergence: Divergence = Exact(),
+    estimator: Estimator = Exact(),
     key: Key | None = None,
     solver: diffrax.AbstractSolver = diffrax.Tsit5(),
     stepsize_controller: diffrax.AbstractStepSizeController = diffrax.PIDController(1e-5, 1e-5),
@@ -341,7 +345,7 @@ def log_likelihood(
       x: (batch, *event) at sigma_min.
       sigma_min: level of the density.
       sigma_max: level of the prior.
-      divergence: `Exact()`, or `Hutchinson(...)`, unbiased for the steps taken, with one draw of
+      estimator: `Exact()`, or `Hutchinson(...)`, unbiased for the steps taken, with one draw of
         probes for the whole solve.
       key: for the probes; default key(0).
       solver: any solver of diffrax for ODEs.
@@ -349,27 +353,24 @@ def log_likelihood(
       **options: others of `diffrax.diffeqsolve`, such as dt0 or adjoint.
 
     Raises:
-      ValueError: another term; `Tweedie`, which holds in the mean over samples only; probes of a
-        fraction of the batch.
+      ValueError: another term; `Tweedie`, which holds in the mean over samples only.
     """
     flow, _, _ = _flow(term, 0.0, 0.0)
-    x = check_batch("x", x)
+    x = _checks.batch("x", x)
     for name, value in {"sigma_min": sigma_min, "sigma_max": sigma_max}.items():
-        check_number(name, value, "(0, inf)")
-    check_number("sigma_min / sigma_max", sigma_min / sigma_max, "(0, 1)")
-    if getattr(divergence, "fraction", 1.0) < 1:
-        raise ValueError(f"every sample needs a divergence: fraction must be 1, got {divergence!r}")
-    keys = sample_keys(jax.random.key(0) if key is None else key, x.shape[0])
+        _checks.number(name, value, "(0, inf)")
+    _checks.number("sigma_min / sigma_max", sigma_min / sigma_max, "(0, 1)")
+    keys = _random.sample_keys(jax.random.key(0) if key is None else key, x.shape[0])
 
     def drift(t: Numeric, state: tuple, args: Any) -> tuple:
         del args
         y, _ = state
-        x0, jacobian = divergence(keys, flow.denoiser, y, jnp.exp(-t))
-        if not jacobian.directional:
+        x0, jacobian = estimator(keys, flow.denoiser, y, jnp.exp(-t))
+        if jacobian is None:
             raise ValueError(
-                f"{divergence!r} holds in the mean over samples only: use Exact() or Hutchinson()"
+                f"{estimator!r} holds in the mean over samples only: use Exact() or Hutchinson()"
             )
-        return x0 - y, -jacobian.complement
+        return x0 - y, -jax.vmap(inner)(jacobian.v, jacobian.v - jacobian.jv).sum(0)
 
     state = (x, jnp.zeros(x.shape[:1], x.dtype))
     start, end = -jnp.log(jnp.asarray([sigma_min, sigma_max], x.dtype))

@@ -7,7 +7,6 @@ from steindiff_jax.solvers.unipc import UniPC
 from steindiff_jax.solvers.wrappers import AnalyticalFirst, Churn
 
 Euler = DDIM
-RhoAB = LMS
 
 __all__ = [
     "DDIM",
@@ -24,6 +23,5 @@ __all__ = [
     "DPMpp3S",
     "Euler",
     "Heun",
-    "RhoAB",
     "UniPC",
 ]

@@ -8,7 +8,8 @@ flow network predicts.
 import jax.numpy as jnp
 from jax import Array
 
-from steindiff_jax._typing import Sigmas, pytree, static
+from steindiff_jax._pytree import pytree, static
+from steindiff_jax.protocols import Sigmas
 from steindiff_jax.solvers.multistep import Multistep, Weights, interpolation_weights
 
 
@@ -39,7 +40,7 @@ class LMS(Multistep):
         return interpolation_weights(
             self.nodes(sigmas),
             jnp.broadcast_to(moments, (sigmas.size - 1, self.order - 1)),
-            self.history(sigmas, self.order, denoise_last=self.denoise_last),
+            self.past_used(sigmas, self.order, denoise_last=self.denoise_last),
         )
 
 

@@ -10,8 +10,11 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
-from steindiff_jax._numerics import exponential_moments, standard_normal
-from steindiff_jax._typing import (
+from steindiff_jax import _checks, _random
+from steindiff_jax._numerics import exponential_moments
+from steindiff_jax._pytree import number, pytree, static
+from steindiff_jax.protocols import (
+    Batch,
     Denoiser,
     Key,
     Numeric,
@@ -19,13 +22,9 @@ from steindiff_jax._typing import (
     Sigmas,
     State,
     Step,
-    check_fields,
-    check_number,
-    number,
-    pytree,
-    static,
+    StochasticSolver,
 )
-from steindiff_jax.solvers.multistep import Multistep, Weights, interpolation_weights
+from steindiff_jax.solvers.multistep import Memory, Multistep, Weights, interpolation_weights
 from steindiff_jax.solvers.runge_kutta import RungeKutta, Tableau
 
 PREDICTED = ("x0", "epsilon")
@@ -38,7 +37,7 @@ def log_snr(sigmas: Sigmas) -> Sigmas:
     return jnp.cumsum(sigmas == 0) - jnp.log(jnp.where(sigmas > 0, sigmas, smallest))
 
 
-def moments(h: Float[Array, " n"], order: int, prediction: str) -> Float[Array, " n {order}-1"]:
+def moments_of(h: Float[Array, " n"], order: int, prediction: str) -> Float[Array, " n {order}-1"]:
     """Moments of the weight that the prediction has in a step of size h."""
     return exponential_moments(h if prediction == "x0" else -h, order)
 
@@ -57,8 +56,8 @@ class DEIS(Multistep):
 
     def weights(self, sigmas: Sigmas) -> Weights:
         z = log_snr(sigmas)
-        exact = moments(jnp.diff(z), self.order, self.prediction)
-        return interpolation_weights(z, exact, self.history(sigmas, self.order))
+        exact = moments_of(jnp.diff(z), self.order, self.prediction)
+        return interpolation_weights(z, exact, self.past_used(sigmas, self.order))
 
 
 @pytree
@@ -74,11 +73,11 @@ class DPMpp2M(Multistep):
 
     def weights(self, sigmas: Sigmas) -> Weights:
         z = log_snr(sigmas)
-        return interpolation_weights(z, self.slope(jnp.diff(z)), self.history(sigmas, 2))
+        return interpolation_weights(z, self.slope(jnp.diff(z)), self.past_used(sigmas, 2))
 
     def slope(self, h: Float[Array, " steps"]) -> Float[Array, "steps 1"]:
         """The first moment."""
-        exact = moments(h, 2, self.prediction)
+        exact = moments_of(h, 2, self.prediction)
         return jnp.full_like(exact, 0.5) if self.kind == "midpoint" else exact
 
 
@@ -98,46 +97,61 @@ class DPMpp3M(Multistep):
     kind: str = static(default="heun", choices=KINDS)
 
     def weights(self, sigmas: Sigmas) -> Weights:
-        z, count = log_snr(sigmas), self.history(sigmas, 3)
+        z, count = log_snr(sigmas), self.past_used(sigmas, 3)
         scale = jnp.stack([jnp.ones_like(z[0]), jnp.asarray(self.curvature, z.dtype)])
-        row = scale[None] * moments(jnp.diff(z), 3, self.prediction)
+        row = scale[None] * moments_of(jnp.diff(z), 3, self.prediction)
         if self.kind == "midpoint":
             row = jnp.where(count[:, None] == 1, 0.5, row)
         return interpolation_weights(z, row, count)
 
 
 @pytree
-class DPMpp2MSDE(DPMpp2M):
+class DPMpp2MSDE(StochasticSolver):
     """SDE-DPM-Solver++(2M): `DPMpp2M` for the reverse SDE, in k-diffusion's form.
 
         x' = q^(1+eta) x + (1 - q^(1+eta))(x0 + delta) + sigma' sqrt(1 - q^(2 eta)) noise,
 
-    second order in its deterministic part. The `Step` is that of the ODE. `Stein` does not take a
-    stochastic solver.
+    second order in its deterministic part. The `Step` is that of the ODE.
 
     Attributes:
       eta: 1 is the reverse SDE of Song et al. 2021 (arXiv:2011.13456), 0 the ODE.
+      kind: see `DPMpp2M`.
+      lower_order_final: see `Multistep`.
     """
 
     eta: Numeric = number(default=1.0, within="[0, inf)")
-    prediction: str = static(default="x0", choices=("x0",), kw_only=True)
+    kind: str = static(default="midpoint", choices=KINDS)
+    lower_order_final: bool = static(default=False)
 
-    stochastic = True
+    __post_init__ = _checks.fields
 
-    def slope(self, h: Float[Array, " steps"]) -> Float[Array, "steps 1"]:
-        return super().slope(h * (1 + self.eta))
+    def init(self, x: Batch, sigmas: Sigmas) -> Memory:
+        return self._deterministic().init(x, sigmas)
 
-    def step(
+    def advance(
         self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
     ) -> tuple[State, Step]:
-        new, step = super().step(key, denoiser, state, sigma, sigma_next)
+        step, memory = self._deterministic().step(key, denoiser, state, sigma, sigma_next)
         h = jnp.log(sigma / jnp.where(sigma_next > 0, sigma_next, sigma))
         kept = sigma_next / sigma * jnp.exp(-self.eta * h)
         # Never exactly 0 under the root, whose derivative is infinite there.
         variance = jnp.maximum(-jnp.expm1(-2 * self.eta * h), jnp.finfo(h.dtype).tiny)
         x = kept * state.x + (1 - kept) * (step.x0 + step.delta)
-        x += sigma_next * jnp.sqrt(variance) * standard_normal(key, state.x)
-        return new._replace(x=x), step
+        x += sigma_next * jnp.sqrt(variance) * _random.normal(key, state.x)
+        return State(x, memory), step
+
+    def _deterministic(self) -> "Stretched2M":
+        return Stretched2M(self.kind, self.eta, lower_order_final=self.lower_order_final)
+
+
+@pytree
+class Stretched2M(DPMpp2M):
+    """The deterministic part of `DPMpp2MSDE`, whose weight of x0 is e^((1 + eta) u)."""
+
+    eta: Numeric = 0.0
+
+    def slope(self, h: Float[Array, " steps"]) -> Float[Array, "steps 1"]:
+        return super().slope(h * (1 + self.eta))
 
 
 @pytree
@@ -154,7 +168,7 @@ class DPMpp2S(RungeKutta):
     prediction: str = static(default="x0", choices=PREDICTED, kw_only=True)
 
     def tableau(self, h: Scalar) -> Tableau:
-        exact = moments(h[None], 2, self.prediction)[0, 0]
+        exact = moments_of(h[None], 2, self.prediction)[0, 0]
         slope = 0.5 if self.kind == "midpoint" else exact
         return (self.r,), ((), (slope / self.r,))
 
@@ -186,13 +200,13 @@ class DPMpp3S(RungeKutta):
     prediction: str = static(default="x0", choices=PREDICTED, kw_only=True)
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        check_number("r1 / r2", self.r1 / self.r2, "(0, 1)")
+        _checks.fields(self)
+        _checks.number("r1 / r2", self.r1 / self.r2, "(0, 1)")
 
     def tableau(self, h: Scalar) -> Tableau:
         r1, r2 = self.r1, self.r2
-        inner = moments((r2 * h)[None], 2, self.prediction)[0, 0] * r2 / r1
-        m1, m2 = moments(h[None], 3, self.prediction)[0]
+        inner = moments_of((r2 * h)[None], 2, self.prediction)[0, 0] * r2 / r1
+        m1, m2 = moments_of(h[None], 3, self.prediction)[0]
         if self.kind == "midpoint":
             last = (0.0, m1 / r2)
         else:  # w_1 r1 + w_2 r2 = m1, w_1 r1^2 + w_2 r2^2 = m2

@@ -22,20 +22,21 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float, Int
 
-from steindiff_jax._numerics import accurate
-from steindiff_jax._typing import (
+from steindiff_jax import _checks
+from steindiff_jax._numerics import at_least_float32
+from steindiff_jax._pytree import pytree, static
+from steindiff_jax.protocols import (
     Batch,
     Denoiser,
     Key,
     Scalar,
     Sigmas,
+    Solver,
     State,
     Step,
-    check_fields,
-    pytree,
-    static,
+    evaluate,
 )
-from steindiff_jax.solvers._step import PREDICTIONS, take_step
+from steindiff_jax.solvers.interpolants import INTERPOLANTS
 
 Weights = Float[Array, "steps past"]
 Counts = Int[Array, " steps"]
@@ -50,7 +51,7 @@ class Memory(NamedTuple):
 
 
 @pytree
-class Multistep:
+class Multistep(Solver):
     """Base of the multistep solvers; a subclass gives its weights.
 
     Attributes:
@@ -62,13 +63,13 @@ class Multistep:
     prediction: str = static(default="x0", choices=("x0", "epsilon"), kw_only=True)
     lower_order_final: bool = static(default=False, kw_only=True)
 
-    __post_init__ = check_fields
+    __post_init__ = _checks.fields
 
     def weights(self, sigmas: Sigmas) -> Weights:
         """Row i weighs f_1 - f_0, f_2 - f_0, ... in step i; 0 for what is not there yet."""
         raise NotImplementedError
 
-    def history(self, sigmas: Sigmas, order: int, *, denoise_last: bool = True) -> Counts:
+    def past_used(self, sigmas: Sigmas, order: int, *, denoise_last: bool = True) -> Counts:
         """How many earlier values each step interpolates; none in a step to 0, unless told so."""
         index = jnp.arange(sigmas.size - 1)
         count = jnp.minimum(index, order - 1)
@@ -77,30 +78,31 @@ class Multistep:
             count = jnp.minimum(count, steps - 1 - index)
         return jnp.where((sigmas[1:] if denoise_last else sigmas[:-1]) > 0, count, 0)
 
-    def init(self, x: Batch, sigmas: Sigmas) -> State:
-        weights = self.weights(accurate(sigmas)).astype(x.dtype)
+    def init(self, x: Batch, sigmas: Sigmas) -> Memory:
+        weights = self.weights(at_least_float32(sigmas)).astype(x.dtype)
         # Zeros made from x are sharded as x is.
         past = jnp.broadcast_to(jnp.zeros_like(x)[None], (weights.shape[1], *x.shape))
-        return State(x, Memory(past, weights, jnp.zeros((), jnp.int32)))
+        return Memory(past, weights, jnp.zeros((), jnp.int32))
 
     def step(
-        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
-    ) -> tuple[State, Step]:
-        del key
-        past, weights, step = state.history
-        interpolated = PREDICTIONS[self.prediction]
-        x0 = denoiser(state.x, sigma)
-        now = interpolated.of(state.x, x0, sigma)
+        self,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        *,
+        x0: Batch | None = None,
+    ) -> tuple[Step, Memory]:
+        del key, sigma_next
+        past, weights, step = state.memory
+        interpolant = INTERPOLANTS[self.prediction]
+        x0, nfe = evaluate(denoiser, state.x, sigma, x0)
+        now = interpolant.quantity(state.x, x0, sigma)
         change = jnp.tensordot(weights[step], past - now[None], axes=1)
         past = jnp.concatenate([now[None], past])[: weights.shape[1]]
-        return take_step(
-            state.x,
-            x0,
-            interpolated.to_x0(change, sigma),
-            sigma,
-            sigma_next,
-            history=Memory(past, weights, step + 1),
-        )
+        memory = Memory(past, weights, step + 1)
+        return Step(x0, interpolant.to_x0(change, sigma), nfe), memory
 
 
 def interpolation_weights(

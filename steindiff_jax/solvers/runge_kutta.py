@@ -3,19 +3,20 @@
 import jax.numpy as jnp
 from jax import lax
 
-from steindiff_jax._typing import (
+from steindiff_jax import _checks
+from steindiff_jax._pytree import pytree, static
+from steindiff_jax.protocols import (
     Batch,
     Denoiser,
     Key,
     Scalar,
-    Sigmas,
+    Solver,
     State,
     Step,
-    check_fields,
-    pytree,
-    static,
+    ddim,
+    evaluate,
 )
-from steindiff_jax.solvers._step import PREDICTIONS, ddim, take_step
+from steindiff_jax.solvers.interpolants import INTERPOLANTS
 
 # The places of the stages after the first, as fractions of the step in log sigma, and for each of
 # them, and for the step itself, the weights of what the stages before it changed.
@@ -23,26 +24,30 @@ Tableau = tuple[tuple, tuple[tuple, ...]]
 
 
 @pytree
-class DDIM:
+class DDIM(Solver):
     """x' = q x + (1 - q) D(x, sigma), q = sigma' / sigma. First order, one evaluation a step.
 
     DDIM (Song et al. 2021, arXiv:2010.02502), Euler in sigma, Euler in the time of a rectified flow
     and the exponential Euler method are this same step.
     """
 
-    def init(self, x: Batch, sigmas: Sigmas) -> State:  # noqa: ARG002
-        return State(x)
-
     def step(
-        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
-    ) -> tuple[State, Step]:
-        del key
-        x0 = denoiser(state.x, sigma)
-        return take_step(state.x, x0, jnp.zeros_like(x0), sigma, sigma_next)
+        self,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        *,
+        x0: Batch | None = None,
+    ) -> tuple[Step, tuple[()]]:
+        del key, sigma_next
+        x0, nfe = evaluate(denoiser, state.x, sigma, x0)
+        return Step(x0, jnp.zeros_like(x0), nfe), ()
 
 
 @pytree
-class RungeKutta:
+class RungeKutta(Solver):
     """Base of the solvers with several stages; a subclass gives its tableau.
 
     Attributes:
@@ -52,23 +57,27 @@ class RungeKutta:
 
     prediction: str = static(default="epsilon", choices=("x0", "epsilon"), kw_only=True)
 
-    __post_init__ = check_fields
+    __post_init__ = _checks.fields
 
     def tableau(self, h: Scalar) -> Tableau:
         """The coefficients of a step of size h in -log sigma."""
         raise NotImplementedError
 
-    def init(self, x: Batch, sigmas: Sigmas) -> State:  # noqa: ARG002
-        return State(x)
-
     def step(
-        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
-    ) -> tuple[State, Step]:
+        self,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        *,
+        x0: Batch | None = None,
+    ) -> tuple[Step, tuple[()]]:
         del key
         x = state.x
-        x0 = denoiser(x, sigma)
-        interpolated = PREDICTIONS[self.prediction]
-        first = interpolated.of(x, x0, sigma)
+        x0, nfe = evaluate(denoiser, x, sigma, x0)
+        interpolant = INTERPOLANTS[self.prediction]
+        first = interpolant.quantity(x, x0, sigma)
         # Under vmap both branches run: the sigma of the unused one must be safe as well.
         end = jnp.where(sigma_next > 0, sigma_next, sigma / 2)
         places, rows = self.tableau(jnp.log(sigma / end))
@@ -79,17 +88,16 @@ class RungeKutta:
             def x0_change(row: tuple) -> Batch:
                 zero = jnp.zeros_like(x)
                 change = sum((w * c for w, c in zip(row, changes, strict=True)), zero)
-                return interpolated.to_x0(change, sigma)
+                return interpolant.to_x0(change, sigma)
 
             for r, row in zip(places, rows, strict=False):
                 at = sigma ** (1 - r) * end**r
                 x_r = ddim(x, x0 + x0_change(row), sigma, at)
-                changes.append(interpolated.of(x_r, denoiser(x_r, at), at) - first)
+                changes.append(interpolant.quantity(x_r, denoiser(x_r, at), at) - first)
             return x0_change(rows[-1]).astype(x.dtype)
 
         delta = lax.cond(sigma_next > 0, stages, lambda: jnp.zeros_like(x0))
-        nfe = 1 + len(places) * (sigma_next > 0).astype(jnp.int32)
-        return take_step(x, x0, delta, sigma, sigma_next, nfe=nfe)
+        return Step(x0, delta, nfe + len(places) * (sigma_next > 0).astype(jnp.int32)), ()
 
 
 @pytree

@@ -9,8 +9,9 @@ own row of weights.
 
 import jax.numpy as jnp
 
-from steindiff_jax._typing import Sigmas, pytree, static
-from steindiff_jax.solvers.dpm import log_snr, moments
+from steindiff_jax._pytree import pytree, static
+from steindiff_jax.protocols import Sigmas
+from steindiff_jax.solvers.dpm import log_snr, moments_of
 from steindiff_jax.solvers.multistep import Counts, Multistep, Weights, interpolation_weights
 
 
@@ -22,11 +23,12 @@ class UniPC(Multistep):
 
     Attributes:
       order: of the predictor, 1, 2 or 3.
-      kind: the first moment wherever there is but one node: "bh2", 1/2; "bh1", 1/2 at the other end
-        of the step; "vary_coeff", the exact one. All else is the same method.
-      lower_order_final: as in every public UniPC. It makes the whole second order on a grid that
-        ends above 0, yet at few steps it matters: on the Karras grid it takes a third off UniPC-3's
-        error at 4 to 16 steps, and costs nothing elsewhere.
+      kind: which value the first moment takes when a step has a single past node (with more nodes
+        all three agree): "bh2", 1/2; "bh1", 1/2 at the other end of the step; "vary_coeff", the
+        exact one.
+      lower_order_final: as in every public UniPC. On a grid that ends above 0 this lowers the whole
+        method to second order. At few steps it still pays: on the Karras grid it takes a third off
+        UniPC-3's error at 4 to 16 steps, and costs nothing elsewhere.
     """
 
     order: int = static(default=2, choices=(1, 2, 3))
@@ -34,9 +36,9 @@ class UniPC(Multistep):
     lower_order_final: bool = static(default=True, kw_only=True)
 
     def weights(self, sigmas: Sigmas) -> Weights:
-        z, count = log_snr(sigmas), self.history(sigmas, self.order)
+        z, count = log_snr(sigmas), self.past_used(sigmas, self.order)
         h = jnp.diff(z) if self.prediction == "x0" else -jnp.diff(z)
-        exact = moments(jnp.diff(z), self.order + 1, self.prediction)
+        exact = moments_of(jnp.diff(z), self.order + 1, self.prediction)
         simple = {"bh1": h / -jnp.expm1(-h) / 2, "bh2": jnp.full_like(h, 0.5)}
 
         def rows(count: Counts, size: int, back: list[int]) -> Weights:

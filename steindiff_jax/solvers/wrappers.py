@@ -1,14 +1,15 @@
 """Solvers around solvers."""
 
 import math
-from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from steindiff_jax._numerics import split, standard_normal
-from steindiff_jax._typing import (
+from steindiff_jax import _checks, _random
+from steindiff_jax._pytree import number, pytree
+from steindiff_jax.protocols import (
     Batch,
     Denoiser,
     Key,
@@ -18,75 +19,76 @@ from steindiff_jax._typing import (
     Solver,
     State,
     Step,
-    check_fields,
-    number,
-    pytree,
+    StochasticSolver,
+    Wrapper,
 )
-from steindiff_jax.denoisers import rows
 from steindiff_jax.solvers.runge_kutta import Heun
 
 
+class Begun(NamedTuple):
+    """The inner solver's memory, and () whether the first step is still to be made."""
+
+    inner: Any
+    first: Array
+
+
 @pytree
-class AnalyticalFirst:
+class AnalyticalFirst(Wrapper):
     """Analytical first step: no evaluation at the first sigma, where x is almost pure noise.
 
     The noise is taken to be x / sqrt(1 + sigma^2) there (Dockhorn et al. 2022, arXiv:2210.05475;
-    diff-sampler's `afs`). To be put around `Stein`, whose divergence would evaluate the denoiser.
+    diff-sampler's `afs`). Put it around `Stein`, not inside.
     """
 
     inner: Solver
 
-    @property
-    def stochastic(self) -> bool:
-        return getattr(self.inner, "stochastic", False)
+    def __post_init__(self) -> None:
+        _checks.instance("inner", self.inner, Solver, "a deterministic solver such as IPNDM(3)")
 
-    def init(self, x: Batch, sigmas: Sigmas) -> State:
-        state = self.inner.init(x, sigmas)
-        return State(state.x, (state.history, jnp.ones((), bool)))
+    def init(self, x: Batch, sigmas: Sigmas) -> Begun:
+        return Begun(self.inner.init(x, sigmas), jnp.ones((), bool))
 
     def step(
-        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
-    ) -> tuple[State, Step]:
-        history, first = state.history
-        known = _PureNoise(denoiser, sigma, first)
-        new, step = self.inner.step(key, known, State(state.x, history), sigma, sigma_next)
-        new = State(new.x, (new.history, jnp.zeros((), bool)))
-        return new, step._replace(nfe=step.nfe - first.astype(jnp.int32))
+        self,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        *,
+        x0: Batch | None = None,
+    ) -> tuple[Step, Begun]:
+        x, (memory, first) = state
+        nfe = 0
+        if x0 is None:
+            norm = jnp.hypot(1.0, sigma)
+            # x - sigma x / norm without the cancellation.
+            x0 = lax.cond(first, lambda: x / (norm * (norm + sigma)), lambda: denoiser(x, sigma))
+            nfe = 1 - first.astype(jnp.int32)
+        inner = State(x, memory)
+        step, memory = self.inner.step(key, denoiser, inner, sigma, sigma_next, x0=x0)
+        return step._replace(nfe=step.nfe + nfe), Begun(memory, jnp.zeros((), bool))
 
 
-class _PureNoise:
-    """The denoiser, but where `applies`, at one sigma, that of noise x / sqrt(1 + sigma^2)."""
+class Raised(NamedTuple):
+    """By which share `Churn` raises sigma, ()."""
 
-    def __init__(self, denoiser: Denoiser, sigma: Scalar, applies: Array) -> None:
-        self.denoiser, self.sigma, self.applies = denoiser, sigma, applies
-
-    def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        if sigma is not self.sigma:
-            return self.denoiser(x, sigma)
-        norm = jnp.hypot(1.0, sigma)
-        # x - sigma x / norm without the cancellation.
-        return lax.cond(
-            self.applies, lambda: x / (norm * (norm + sigma)), lambda: self.denoiser(x, sigma)
-        )
-
-    def rows(self, take: Callable[[Array], Array]) -> "_PureNoise":
-        """See `Network.rows`."""
-        return _PureNoise(rows(self.denoiser, take), self.sigma, self.applies)
+    gamma: Array
 
 
 @pytree
-class Churn:
+class Churn(StochasticSolver):
     """EDM's stochastic sampler: noise is added before each step of a one-step solver.
 
     Karras et al. 2022, arXiv:2206.00364, algorithm 2: sigma is raised to sigma (1 + gamma),
     gamma = min(churn / steps, sqrt(2) - 1). The `Step` is that of the inner solver from the raised
-    sigma. `Stein` does not take a stochastic solver.
+    sigma.
 
     Attributes:
       inner: solver without memory, `Heun()` in the paper; ValueError for a multistep solver.
       churn: S_churn.
-      sigma_min: noise is added from here on,
-      sigma_max: up to here.
+      sigma_min: smallest sigma at which noise is added.
+      sigma_max: largest sigma at which noise is added.
       noise: S_noise, its standard deviation.
     """
 
@@ -96,29 +98,28 @@ class Churn:
     sigma_max: Numeric = number(default=math.inf, within="[0, inf]")
     noise: Numeric = number(default=1.0, within="[0, inf)")
 
-    __post_init__ = check_fields
+    def __post_init__(self) -> None:
+        _checks.fields(self)
+        _checks.instance("inner", self.inner, Solver, "a deterministic solver such as Heun()")
 
-    stochastic = True
-
-    def init(self, x: Batch, sigmas: Sigmas) -> State:
-        state = self.inner.init(x, sigmas)
-        if jax.tree.leaves(state.history):
+    def init(self, x: Batch, sigmas: Sigmas) -> Raised:
+        if jax.tree.leaves(self.inner.init(x, sigmas)):
             raise ValueError(
                 f"Churn needs a solver without memory, such as Heun(), got {self.inner!r}: "
                 "its weights belong to sigmas that are not raised"
             )
         steps = jnp.sum(sigmas[:-1] > 0)
-        return State(x, jnp.minimum(self.churn / steps, math.sqrt(2) - 1).astype(sigmas.dtype))
+        return Raised(jnp.minimum(self.churn / steps, math.sqrt(2) - 1).astype(sigmas.dtype))
 
-    def step(
+    def advance(
         self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
     ) -> tuple[State, Step]:
-        key_noise, key_inner = split(key)
-        x, raised = state.x, state.history
+        key_noise, key_inner = _random.split(key)
+        x, raised = state.x, state.memory.gamma
         inside = (self.sigma_min <= sigma) & (sigma <= self.sigma_max)
         # sigma_hat^2 - sigma^2 = sigma^2 gamma (2 + gamma)
         added = jnp.where(inside, sigma * jnp.sqrt(raised * (2 + raised)), 0.0)
-        x += self.noise * added * standard_normal(key_noise, x)
+        x += self.noise * added * _random.normal(key_noise, x)
         sigma_hat = jnp.where(inside, sigma * (1 + raised), sigma)
-        new, step = self.inner.step(key_inner, denoiser, State(x), sigma_hat, sigma_next)
-        return State(new.x, state.history), step
+        new, step = self.inner.advance(key_inner, denoiser, State(x), sigma_hat, sigma_next)
+        return State(new.x, state.memory), step

@@ -1,18 +1,20 @@
-"""The Stein correction of a solver's step: rules, divergence estimators and the wrapper."""
+"""The Stein correction of a solver's step: rules, estimators, bases and the wrapper."""
 
+from steindiff_jax.stein.basis import Cosine, Whole, default_basis
 from steindiff_jax.stein.correction import Stein
-from steindiff_jax.stein.divergence import Exact, Hutchinson, Jacobian, Tweedie, from_probes
-from steindiff_jax.stein.rules import CleanTarget, PosteriorLength, StepEnergy, first_order
+from steindiff_jax.stein.estimators import Exact, Hutchinson, Tweedie, from_probes
+from steindiff_jax.stein.rules import CleanTarget, PosteriorLength, StepEnergy
 
 __all__ = [
     "CleanTarget",
+    "Cosine",
     "Exact",
     "Hutchinson",
-    "Jacobian",
     "PosteriorLength",
     "Stein",
     "StepEnergy",
     "Tweedie",
-    "first_order",
+    "Whole",
+    "default_basis",
     "from_probes",
 ]

@@ -1,153 +1,250 @@
-"""`Stein`: a solver around a solver, x_next = anchor + gamma (candidate - anchor).
+"""`Stein`: a solver around a solver, that corrects what the inner one proposes.
 
-It knows its solver by `init` and `step` alone, its rule by `anchor`, `moments` and `gamma`, and its
-divergence estimator as a function. gamma is computed inside the step from means over the batch,
-or for each sample by itself.
+It knows its solver, rule, estimator and basis by the classes in `protocols` alone. The coefficients
+are computed inside the step from means over the batch, or for each sample by itself.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import Array
 
-from steindiff_jax._numerics import accurate, batch_mean, expand, inner, sample_keys, split
-from steindiff_jax._typing import (
+from steindiff_jax import _checks, _random
+from steindiff_jax._numerics import at_least_float32, batch_mean
+from steindiff_jax._pytree import pytree, static
+from steindiff_jax.protocols import (
+    Bands,
+    Basis,
     Batch,
     Denoiser,
+    Estimator,
+    Jacobian,
     Key,
-    Rows,
+    Local,
+    Previous,
+    Rule,
     Scalar,
     Sigmas,
     Solver,
     State,
     Step,
-    pytree,
-    static,
+    Wrapper,
+    ddim,
+    evaluate,
 )
-from steindiff_jax.stein.divergence import Divergence, Tweedie
-from steindiff_jax.stein.rules import Local, PosteriorLength, Previous, Rule
+from steindiff_jax.stein.basis import default_basis
+from steindiff_jax.stein.estimators import Tweedie
+from steindiff_jax.stein.rules import PosteriorLength
+
+STATISTICS = ("batch", "sample")
+
+
+class Memory(NamedTuple):
+    """What `Stein` remembers: the inner solver's memory, and the step before (see `Previous`)."""
+
+    inner: Any
+    previous: Previous
 
 
 @pytree
-class Stein:
-    """The Stein correction of any solver; itself a solver.
+class Stein(Wrapper):
+    """The Stein correction of any deterministic solver; itself a solver.
 
     Attributes:
       inner: solver.
       rule: `PosteriorLength()`, `StepEnergy()`, `CleanTarget()`, the paper's, or your own.
-      divergence: `Tweedie()`, free, `Hutchinson(...)` or `Exact()`; the rule's own choice where
-        none is given.
+      estimator: `Tweedie()`, free, `Hutchinson(...)` or `Exact()`.
+      basis: `Whole()`, `Cosine(...)` or your own; by default the finest `Cosine` whose bands have
+        numbers enough in the batch, for events of one axis `Whole`.
       statistics: "batch", means over the batch, over all devices too where the batch is sharded, or
         "sample", each sample by itself: no communication, and good in high dimension.
       axis_name: mapped axis that the batch is also spread over, under `shard_map` or `vmap`.
 
     Raises:
-      ValueError: for anything else.
+      ValueError: a rule, estimator, basis or solver that is not an instance of its class in
+        `protocols`, a stochastic solver, other statistics.
     """
 
     inner: Solver
     rule: Rule = PosteriorLength()
-    divergence: Divergence = None  # pyright: ignore[reportAssignmentType]  # the rule's choice
-    statistics: str = static(default="batch")
-    axis_name: str | None = static(default=None)
+    estimator: Estimator = Tweedie()
+    basis: Basis | None = None
+    statistics: str = static(default="batch", choices=STATISTICS)
+    axis_name: str | None = static(default=None)  # pyright: ignore[reportIncompatibleVariableOverride]
 
     def __post_init__(self) -> None:
-        if self.statistics not in ("batch", "sample"):
-            raise ValueError(f"statistics must be 'batch' or 'sample', got {self.statistics!r}")
-        if isinstance(self.rule, type) or not _offers(self.rule, "anchor", "moments", "gamma"):
-            raise ValueError(f"rule must have anchor, moments and gamma, got {self.rule!r}")
-        if self.divergence is None:
-            choice = getattr(self.rule, "estimator", lambda statistics: Tweedie())  # noqa: ARG005
-            object.__setattr__(self, "divergence", choice(self.statistics))
-        if isinstance(self.divergence, type) or not _offers(self.divergence, "__call__"):
-            raise ValueError(
-                f"divergence must be an estimator such as Tweedie(), got {self.divergence!r}"
-            )
-        if isinstance(self.inner, type) or not _offers(self.inner, "init", "step"):
-            raise ValueError(f"the inner solver must have init and step, got {self.inner!r}")
-        if getattr(self.inner, "stochastic", False):
-            raise ValueError(f"the inner solver must be deterministic, got {self.inner!r}")
-        if self.statistics == "sample" and getattr(self.divergence, "fraction", 1.0) < 1:
-            raise ValueError(
-                "statistics='sample' needs a divergence of every sample: fraction must be 1, "
-                f"got {self.divergence.fraction}"  # pyright: ignore[reportAttributeAccessIssue]
-            )
+        _checks.fields(self)
+        _checks.instance("inner", self.inner, Solver, "a deterministic solver such as IPNDM(3)")
+        _checks.instance("rule", self.rule, Rule, "a rule such as PosteriorLength()")
+        _checks.instance("estimator", self.estimator, Estimator, "an estimator such as Tweedie()")
+        if self.basis is not None:
+            _checks.instance("basis", self.basis, Basis, "a basis such as Cosine()")
 
-    def init(self, x: Batch, sigmas: Sigmas) -> State:
+    def basis_of(self, shape: tuple[int, ...]) -> Basis:
+        """The basis that is used on a batch of this shape."""
+        return default_basis(shape) if self.basis is None else self.basis
+
+    def init(self, x: Batch, sigmas: Sigmas) -> Memory:
         previous = Previous(jnp.zeros_like(x), jnp.zeros_like(x), jnp.zeros_like(sigmas[0]))
-        return State(x, _Memory(self.inner.init(x, sigmas).history, previous))
+        return Memory(self.inner.init(x, sigmas), previous)
 
     def step(
-        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
-    ) -> tuple[State, Step]:
-        key_inner, key_probe = split(key)
-        keys = sample_keys(key_probe, state.x.shape[0], self.axis_name)
-        x0, jacobian = self.divergence(keys, denoiser, state.x, sigma)
+        self,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        *,
+        x0: Batch | None = None,
+    ) -> tuple[Step, Memory]:
+        key_inner, key_probe = _random.split(key)
+        nfe, jacobian = 0, None
+        if x0 is None:
+            keys = _random.sample_keys(key_probe, state.x.shape[0], self.axis_name)
+            x0, jacobian = self.estimator(keys, denoiser, state.x, sigma)
+            nfe = 1
+        elif not isinstance(self.estimator, Tweedie):
+            raise ValueError(f"x0 is given: {self.estimator!r} has no evaluation to probe")
+        step, memory, local = self._propose(key_inner, denoiser, state, sigma, sigma_next, x0)
+        basis = self.basis_of(state.x.shape)
 
-        def candidate(x: Batch, x0: Batch, elsewhere: Denoiser = denoiser) -> tuple[State, Step]:
-            """The inner step, with the denoiser's value at its start known already."""
-            known = _Known(elsewhere, x, sigma, x0)
-            before = State(x, state.history.inner)
-            return self.inner.step(key_inner, known, before, sigma, sigma_next)
+        def next_x(x: Batch, x0: Batch) -> Batch:
+            outside = denoiser if jacobian is not None and jacobian.directional else _refuse
+            here = state._replace(x=x)
+            proposed, *_ = self._propose(key_inner, outside, here, sigma, sigma_next, x0)
+            return ddim(x, x0 + proposed.delta, sigma, sigma_next)
 
-        def candidate_trace() -> Rows:
-            """Sum over probes of v . dT, with dT the candidate's answer to dx = v, dx0 = J v."""
-            elsewhere = denoiser if jacobian.directional else _refuse
+        local = local._replace(
+            trace=lambda: _trace(basis, jacobian),
+            step_trace=lambda: _step_trace(next_x, state.x, x0, local, basis, jacobian),
+        )
+        moments = self.rule.moments(local)
+        if self.statistics == "batch":
+            moments = batch_mean(moments, self.axis_name)
+        coefficients = self.rule.coefficients(moments, local.sizes, sigma, sigma_next)
+        step = step._replace(nfe=step.nfe + nfe)
+        return self._corrected(step, local, coefficients), memory
 
-            def along(v: Batch, jv: Batch) -> Rows:
-                _, moved = jax.jvp(
-                    lambda x, x0: candidate(x, x0, elsewhere)[0].x, (state.x, x0), (v, jv)
-                )
-                return inner(v, moved)
+    def replay(
+        self,
+        coefficients: Any,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        *,
+        x0: Batch | None = None,
+    ) -> tuple[Step, Memory]:
+        """The step with given coefficients: no statistics, no probes, no communication."""
+        key_inner, _ = _random.split(key)
+        x0, nfe = evaluate(denoiser, state.x, sigma, x0)
+        step, memory, local = self._propose(key_inner, denoiser, state, sigma, sigma_next, x0)
+        step = step._replace(nfe=step.nfe + nfe)
+        return self._corrected(step, local, coefficients), memory
 
-            return jax.vmap(along)(jacobian.v, jacobian.jv).sum(0)
-
-        new, step = candidate(state.x, x0)
+    def _propose(
+        self,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        x0: Batch,
+    ) -> tuple[Step, Memory, Local]:
+        """The inner solver's step, and the same in the coefficients of the basis."""
+        x, (inner, previous) = state
+        step, inner = self.inner.step(key, denoiser, State(x, inner), sigma, sigma_next, x0=x0)
+        basis = self.basis_of(x.shape)
         local = Local(
-            x=state.x,
-            x0=x0,
-            delta=step.delta,
-            candidate=new.x,
+            x=basis.transform(x),
+            x0=basis.transform(x0),
+            delta=basis.transform(step.delta),
+            previous=previous,
             sigma=sigma,
             sigma_next=sigma_next,
-            jacobian=jacobian,
-            previous=state.history.previous,
-            candidate_trace=candidate_trace,
+            sizes=jnp.asarray(basis.sizes(x.shape[1:]), at_least_float32(x).dtype),
+            inner=basis.inner,
+            centred=differences if self.statistics == "batch" else lambda a: a,
+            trace=lambda: None,
+            step_trace=lambda: None,
         )
-        moments = jnp.stack([accurate(m) for m in self.rule.moments(local)], axis=-1)
-        if self.statistics == "batch":
-            moments = batch_mean(moments, self.axis_name, jacobian.group)
-        gamma = self.rule.gamma(tuple(jnp.moveaxis(moments, -1, 0)), sigma, sigma_next)
-        gamma = jnp.clip(gamma, self.rule.gamma_min, self.rule.gamma_max)
-        # Written from the candidate: where gamma is 1 the step is the solver's to the last bit.
-        back = expand(1 - gamma, new.x) * (self.rule.anchor(local) - new.x)
-        memory = _Memory(new.history, Previous(x0, step.delta, sigma))
-        return State(new.x + back.astype(new.x.dtype), memory), step._replace(gamma=gamma)
+        return step, Memory(inner, Previous(local.x0, local.delta, sigma)), local
+
+    def _corrected(self, step: Step, local: Local, coefficients: Any) -> Step:
+        event, basis = local.x.shape[1:], self.basis_of(local.x.shape)
+        spread = jax.tree.map(lambda value: basis.spread(value, event), coefficients)
+        delta = basis.inverse(self.rule.delta(local, spread)).astype(step.delta.dtype)
+        return step._replace(delta=delta, coefficients=coefficients)
 
 
-class _Memory(NamedTuple):
-    inner: Any
-    previous: Previous
+@pytree
+class Fixed(Wrapper):
+    """A correction whose coefficients are the same in every step."""
+
+    inner: Stein  # pyright: ignore[reportIncompatibleVariableOverride]
+    coefficients: Any
+
+    def step(
+        self,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        *,
+        x0: Batch | None = None,
+    ) -> tuple[Step, Memory]:
+        return self.inner.replay(self.coefficients, key, denoiser, state, sigma, sigma_next, x0=x0)
 
 
-class _Known:
-    """A denoiser whose value at (x, sigma) is known, so that the network runs there once."""
+def differences(a: Batch) -> Batch:
+    """(a_1 - a_2) / sqrt(2), (a_3 - a_4) / sqrt(2), ...: the batch's covariance without its mean.
 
-    def __init__(self, denoiser: Denoiser, x: Batch, sigma: Scalar, x0: Batch) -> None:
-        self.denoiser, self.x, self.sigma, self.x0 = denoiser, x, sigma, x0
+    Neighbours lie on one device, so that nothing is communicated, as it would be for the mean of
+    the whole batch. A batch of one sample is returned as it is, with its mean.
+    """
+    size = a.shape[0]
+    if not isinstance(size, int):  # symbolic, of jax.export
+        return (a - jnp.roll(a, 1, axis=0)) * 0.5**0.5
+    if size < 2:
+        return a
+    pairs = (a[:-1] if size % 2 else a).reshape(size // 2, 2, *a.shape[1:])
+    return (pairs[:, 0] - pairs[:, 1]) * 0.5**0.5
 
-    def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        if x is self.x and sigma is self.sigma:
-            return self.x0
-        return self.denoiser(x, sigma)
+
+def _trace(basis: Basis, jacobian: Jacobian | None) -> Bands | None:
+    """Trace of J in each band, by the probes."""
+    if jacobian is None:
+        return None
+    across = jax.vmap(lambda a, b: basis.inner(basis.transform(a), basis.transform(b)))
+    return across(jacobian.v, jacobian.jv).sum(0)
 
 
-def _refuse(x: Batch, sigma: Scalar) -> Batch:  # noqa: ARG001
+def _step_trace(
+    next_x: Any, x: Batch, x0: Batch, local: Local, basis: Basis, jacobian: Jacobian | None
+) -> Bands:
+    """Trace of d next_x / dx in each band, with d next_x = J' v where dx = v and dx0 = J v."""
+
+    def moved(v: Batch, jv: Batch) -> Batch:
+        return jax.jvp(next_x, (x, x0), (v, jv))[1]
+
+    if jacobian is not None:
+        across = jax.vmap(
+            lambda v, jv: local.inner(basis.transform(v), basis.transform(moved(v, jv)))
+        )
+        return across(jacobian.v, jacobian.jv).sum(0)
+    # A step with one evaluation is a x + b x0 + what it remembers, with two numbers a and b.
+    ones, noise = jnp.ones_like(x), (local.x - local.x0) / local.sigma
+    a, b = moved(ones, jnp.zeros_like(x)), moved(jnp.zeros_like(x), ones)
+    a, b = (part.reshape(part.shape[0], -1)[:, :1] for part in (a, b))
+    return a * local.sizes + b * (local.sizes - local.inner(noise, noise))
+
+
+def _refuse(x: Batch, sigma: Scalar) -> Array:  # noqa: ARG001
     raise ValueError(
         "this rule needs the divergence of the whole step, and the solver evaluates the denoiser "
-        "at a second point: Tweedie() knows nothing there, use Hutchinson() or Exact()"
+        "at a second point: use an estimator with derivatives there, Hutchinson() or Exact()"
     )
-
-
-def _offers(thing: object, *names: str) -> bool:
-    return all(callable(getattr(thing, name, None)) for name in names)

@@ -1,114 +1,163 @@
-"""Rules: what a corrected step is anchored at, how far it goes from there, and its clip.
+"""Rules: how a proposed step is corrected, within each band of a basis by itself.
 
-A corrected step is x_next = anchor + gamma (candidate - anchor). A rule is a small class with
-
-    anchor(local)                  where gamma = 0 leads, (batch, *event)
-    moments(local)                 what gamma depends on: (batch,) arrays
-    gamma(moments, sigma, sigma_next)   the coefficient, from the means of those (or from each
-                                   sample's own), before the clip to [gamma_min, gamma_max]
-
-and nothing else in the library knows it. A rule that needs a real divergence may also name its
-default, estimator(statistics); it is `Tweedie` otherwise. Every rule rests on Stein's identity: for
-x = x0 + sigma noise and any smooth v(x), E<v, x - x0> = sigma^2 E[div v], so inner products with
-the unknown clean sample become divergences.
+A step is x_next = q x + (1 - q)(D + delta), q = sigma_next / sigma; a rule changes delta, what the
+solver adds to the first-order step. See `protocols.Rule`.
 """
 
-import math
-from collections.abc import Callable
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
 
-from steindiff_jax._numerics import divide, exponential_moments, inner
-from steindiff_jax._typing import (
-    Batch,
-    Numeric,
-    Rows,
-    Scalar,
-    check_fields,
-    check_number,
-    number,
-    pytree,
-)
-from steindiff_jax.denoisers import Schedule
+from steindiff_jax import _checks
+from steindiff_jax._numerics import divide, exponential_moments
+from steindiff_jax._pytree import pytree
+from steindiff_jax.protocols import Bands, Batch, Local, Numeric, Rule, Scalar, Schedule
 from steindiff_jax.schedules import EDM
-from steindiff_jax.stein.divergence import Divergence, Hutchinson, Jacobian
+
+SMALL = 1e-18  # a ratio that stands for 0, and its inverse for infinity, also in float32
 
 
-class Previous(NamedTuple):
-    """The step before, as its solver proposed it: all 0 at the start."""
+class Gamma(NamedTuple):
+    """One coefficient for each band: delta becomes gamma delta."""
 
-    x0: Batch
-    delta: Batch
-    sigma: Scalar
+    gamma: Array
 
 
-class Local(NamedTuple):
-    """All that a rule may look at: one step of the wrapped solver, not yet corrected.
+class Lengths(NamedTuple):
+    """Coefficients of `PosteriorLength`: delta becomes gamma delta + drift (D - x).
 
     Attributes:
-      x: state.
-      x0: denoiser there.
-      delta: what the solver adds to it.
-      candidate: where it leads.
-      sigma: where the step starts.
-      sigma_next: where it ends.
-      jacobian: what the divergence estimator knows.
-      previous: the step before.
-      candidate_trace: () -> (batch,) trace of the candidate's own Jacobian in x, computed only for
-        the rule that asks.
+      gamma: factor of what the solver adds.
+      drift: factor of the Gaussian step's direction, 0 where the solver's is long enough.
     """
 
-    x: Batch
-    x0: Batch
-    delta: Batch
-    candidate: Batch
-    sigma: Scalar
-    sigma_next: Scalar
-    jacobian: Jacobian
-    previous: Previous
-    candidate_trace: Callable[[], Rows]
+    gamma: Array
+    drift: Array
 
 
-Moments = tuple[Float[Array, "*batch"], ...]
+class LengthMoments(NamedTuple):
+    """What `PosteriorLength` averages; (rows, bands) each, e = (x - D) / sigma the noise estimate.
 
+    Attributes:
+      signal: |D|^2, without the batch's mean, as all of these.
+      noise: |e|^2.
+      cross: <D, e>.
+      delta: |delta|^2.
+      surprise: |delta_previous - confirmed|^2.
+      confirmed: |confirmed|^2, what delta_previous should have been, now that D is known.
+      trace: tr J, from probes, or None.
+    """
 
-@runtime_checkable
-class Rule(Protocol):
-    """See the head of this file."""
-
-    @property
-    def gamma_min(self) -> Numeric: ...
-
-    @property
-    def gamma_max(self) -> Numeric: ...
-
-    def anchor(self, local: Local) -> Batch: ...
-
-    def moments(self, local: Local) -> Moments: ...
-
-    def gamma(self, moments: Moments, sigma: Scalar, sigma_next: Scalar) -> Array: ...
-
-
-def check_clip(gamma_min: Numeric, gamma_max: Numeric) -> None:
-    """ValueError if they are no numbers or, both known, the wrong way round."""
-    check_number("gamma_min", gamma_min, "[-inf, inf)")
-    check_number("gamma_max", gamma_max, "(-inf, inf]")
-    known = isinstance(gamma_min, int | float) and isinstance(gamma_max, int | float)
-    if known and not gamma_min <= gamma_max:
-        raise ValueError(f"gamma_min must not exceed gamma_max, got {gamma_min} > {gamma_max}")
+    signal: Bands
+    noise: Bands
+    cross: Bands
+    delta: Bands
+    surprise: Bands
+    confirmed: Bands
+    trace: Bands | None
 
 
 @pytree
-class StepEnergy:
+class PosteriorLength(Rule):
+    """History gives the direction of delta, Stein its length; where history is silent, Gauss both.
+
+    On data whose covariance is constant within a band the posterior mean is affine,
+    D - mean = a (x - mean), and the exact step is known without the mean and without history:
+
+        delta* = eta (D - x),  eta = (q - r) / (1 + r),  r = sqrt(l + (1 - l) q^2),  l = tr J / d.
+
+    (For any data, with the true l, this step keeps the band's energy that of the law.) l comes from
+    x and D alone. With a the slope of their regression and R^2 its coefficient of determination,
+    Stein's identity for v = D - a x reads
+
+        tr J / d = a - (1 - R^2) Var D / (sigma^2 d):
+
+    the linear part without noise, and the identity only for the rest. delta* also says how long the
+    solver's own delta should be, g = |delta*| / |delta|. One that is too long is shortened. For one
+    that is too short R^2, the share of D's variance that is linear, decides what makes up for it,
+    its own direction or that of the Gaussian step:
+
+        delta <- gamma delta + (1 - gamma / g) eta (D - x),   gamma = g if g < 1 else g^(1 - R^2).
+
+    Both are exact on Gaussian data, also where delta = 0: in a first step, for a first-order
+    solver. As steps shrink nothing is changed: the evaluation after a step tells how far its delta
+    was right, and g becomes g^min(1, surprise / (1 - R^2)), with surprise the relative squared
+    error of the previous delta. So a solver keeps its order. This project's rule.
+
+    Attributes:
+      gamma_max: gamma is at most this; the Gaussian step's direction makes up for the rest.
+    """
+
+    gamma_max: Numeric = 8.0
+
+    def __post_init__(self) -> None:
+        _checks.clip(0.0, self.gamma_max)
+        object.__setattr__(self, "gamma_max", _checks.as_float(self.gamma_max))
+
+    def moments(self, local: Local) -> LengthMoments:
+        x0, before = local.centred(local.x0), local.previous
+        noise = local.centred((local.x - local.x0) / local.sigma)
+        # At the start there is no step before, and delta_previous = 0 is all surprise.
+        confirmed = mean_weight(before.sigma, local.sigma) * (local.x0 - before.x0)
+        surprise, confirmed = local.centred(before.delta - confirmed), local.centred(confirmed)
+        delta, inner = local.centred(local.delta), local.inner
+        return LengthMoments(
+            signal=inner(x0, x0),
+            noise=inner(noise, noise),
+            cross=inner(x0, noise),
+            delta=inner(delta, delta),
+            surprise=inner(surprise, surprise),
+            confirmed=inner(confirmed, confirmed),
+            trace=local.trace(),
+        )
+
+    def coefficients(
+        self, moments: LengthMoments, sizes: Array, sigma: Scalar, sigma_next: Scalar
+    ) -> Lengths:
+        m, q = moments, sigma_next / sigma
+        # <D, x>, |x|^2 and |D|^2 |x|^2 - <D, x>^2 from D and e, without cancellation at any sigma.
+        together = m.signal + sigma * m.cross
+        energy = m.signal + sigma * (2 * m.cross + sigma * m.noise)
+        gap = jnp.maximum(m.signal * m.noise - m.cross**2, 0)
+        slope, rest = divide(together, energy, 0.0), divide(sigma**2 * gap, energy, 0.0)
+        nonlinear = jnp.clip(divide(rest, m.signal, 1.0), 0, 1)  # 1 - R^2
+        trace = sizes * slope - rest / sigma**2 if m.trace is None else m.trace
+        eigenvalue = jnp.clip(trace / sizes, SMALL, 1)
+        r = jnp.sqrt(eigenvalue + (1 - eigenvalue) * q**2)
+        eta = -eigenvalue * (1 - q**2) / ((r + q) * (1 + r))
+        square = divide((eta * sigma) ** 2 * m.noise, m.delta, 1 / SMALL)
+        doubt = jnp.minimum(divide(m.surprise, m.confirmed * nonlinear, 1.0), 1)
+        g = jnp.clip(square, SMALL, 1 / SMALL) ** (doubt / 2)
+        gamma = jnp.minimum(jnp.where(g < 1, g, g**nonlinear), self.gamma_max)
+        # A step to 0 returns the denoiser's estimate, whatever the data.
+        made = sigma_next > 0
+        return Lengths(
+            gamma=jnp.where(made, gamma, 1.0),
+            drift=jnp.where(made, jnp.maximum(1 - gamma / g, 0) * eta, 0.0),
+        )
+
+    def delta(self, local: Local, coefficients: Lengths) -> Batch:
+        gamma, drift = coefficients
+        return gamma * local.delta + drift * (local.x0 - local.x)
+
+
+class EnergyMoments(NamedTuple):
+    """What `StepEnergy` averages; (batch, bands) each."""
+
+    allowed: Bands
+    energy: Bands
+    delta: Bands
+
+
+@pytree
+class StepEnergy(Rule):
     """Damp what the solver adds to the first-order step, to the energy that Stein allows a step.
 
     A(x) = q x + (1 - q) D is the mean of x0 + sigma_next noise given x; for u_A = x - A Stein's
     identity therefore reads E|u_A|^2 = sigma (sigma - sigma_next) E[div u_A], the Stein energy.
-    The anchor is A, and gamma the Stein energy over the candidate's own, E|x - T|^2. With the noise
-    estimates e = (x - D) / sigma of the anchor and e - delta / sigma of the candidate that is
+    gamma is the Stein energy over the proposal's own, E|x - T|^2. With the noise estimates
+    e = (x - D) / sigma of the first-order step and e - delta / sigma of the proposal that is
 
         gamma = E[d - tr J] / E|e - delta / sigma|^2,
 
@@ -120,118 +169,39 @@ class StepEnergy:
     gamma_max: Numeric = 1.0
 
     def __post_init__(self) -> None:
-        check_clip(self.gamma_min, self.gamma_max)
+        _checks.clip(self.gamma_min, self.gamma_max)
 
-    def anchor(self, local: Local) -> Batch:
-        return first_order(local)
-
-    def moments(self, local: Local) -> Moments:
-        noise = (local.x - local.x0 - local.delta) / local.sigma
-        change = local.delta / local.sigma
-        return local.jacobian.complement, inner(noise, noise), inner(change, change)
-
-    def gamma(self, moments: Moments, sigma: Scalar, sigma_next: Scalar) -> Array:
-        del sigma, sigma_next
-        complement, energy, change = moments
-        return jnp.where(adds_nothing(change, energy), 1.0, divide(complement, energy, 1.0))
-
-
-# tanh(u), u ~ cosh, is the denoiser between two modes: its path to the chosen one is this share of
-# the variance, int cosh (1 - tanh)^2 / int cosh sech^2 = (4 - pi) / pi, whatever the step.
-# The Gaussian share reaches it at this eigenvalue, ((pi - 2) / 2)^2 = 0.326.
-MODE_EIGENVALUE = ((math.pi - 2) / 2) ** 2
-
-
-@pytree
-class PosteriorLength:
-    """Let history give the direction of delta, and Stein its length.
-
-    The exact step is x_next = q x + (1 - q)(D + delta*) with delta* the way that the denoiser has
-    still to go, and that cannot exceed what is uncertain: the posterior variance, by second-order
-    Tweedie V = tr Cov[x0 | x] = sigma^2 tr J. For a Gaussian posterior with Jacobian eigenvalue l
-    it is a known share of it, |delta*|^2 = phi(l, q) V (`gaussian_share`); the eigenvalue that
-    weighs the variance is l = |J|_F^2 / tr J, from the same probe. It cannot reach 1 on Gaussian
-    data: where it does a mode is being chosen, and the share is that of two (`MODE_EIGENVALUE`).
-    Samples differ in that, so each has a share of its own:
-
-        length = sqrt(g E[phi(l, q) V] / E|delta|^2).
-
-    A guided denoiser is no posterior mean, but its conditional branch is, and V and l are those
-    of that one, J its Jacobian. Where the branch answers a change of x with J, guidance answers
-    with J_w, and makes the way longer alike: g = E|J_w|_F^2 / E|J|_F^2, from the same probe.
-
-    The last step tells for free how far the solver's own length can be trusted: the evaluation
-    that followed it gives delta anew, omega (D - D_previous) with omega the mean weight of the
-    exponential integral. The length is taken in full where that was missed by half or more, and
-
-        gamma = length ^ min(1, surprise / surprise_max),
-        surprise = E|delta_previous - that|^2 / E|that|^2,  surprise_max = (1/2)^2.
-
-    As steps shrink surprise = O(step^2), so a third-order multistep solver stays one; a one-step
-    solver does if its first step, where nothing is known yet, is short. This project's rule.
-    """
-
-    gamma_min: Numeric = 0.0
-    gamma_max: Numeric = 8.0
-    surprise_max: Numeric = number(default=0.25, within="(0, inf]")
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-        check_clip(self.gamma_min, self.gamma_max)
-
-    def estimator(self, statistics: str) -> Divergence:
-        return Hutchinson(fraction=1 / 8 if statistics == "batch" else 1.0)
-
-    def anchor(self, local: Local) -> Batch:
-        return first_order(local)
-
-    def moments(self, local: Local) -> Moments:
-        change = local.delta / local.sigma
-        noise = (local.x - local.x0) / local.sigma
-        before = local.previous
-        # At the start there is no step before, and delta_previous = 0 is all surprise.
-        confirmed = mean_weight(before.sigma, local.sigma) * (local.x0 - before.x0)
-        surprise = before.delta - confirmed
-        trace, norm = local.jacobian.posterior_trace, local.jacobian.posterior_squared_norm
-        eigenvalue = divide(norm, trace, 1.0)
-        eigenvalue = jnp.where(eigenvalue < 1, eigenvalue, MODE_EIGENVALUE)
-        return (
-            gaussian_share(eigenvalue, local.sigma_next / local.sigma) * trace,
-            local.jacobian.squared_norm,
-            norm,
-            inner(change, change),
-            inner(noise, noise),
-            inner(surprise, surprise),
-            inner(confirmed, confirmed),
+    def moments(self, local: Local) -> EnergyMoments:
+        noise, change = (local.x - local.x0) / local.sigma, local.delta / local.sigma
+        trace = local.trace()
+        anchored = local.inner(noise, noise)
+        return EnergyMoments(
+            allowed=anchored if trace is None else local.sizes - trace,
+            energy=local.inner(noise - change, noise - change),
+            delta=local.inner(change, change),
         )
 
-    def gamma(self, moments: Moments, sigma: Scalar, sigma_next: Scalar) -> Array:
-        del sigma, sigma_next
-        left, guided, unguided, change, energy, surprise, confirmed = moments
-        tiny = jnp.finfo(left.dtype).tiny
-        left = left * divide(guided, unguided, 1.0)
-        length = jnp.sqrt(jnp.maximum(divide(left, change, 1.0), tiny))
-        doubt = jnp.minimum(divide(surprise, confirmed, 1.0) / self.surprise_max, 1.0)
-        length = jnp.clip(length, self.gamma_min, self.gamma_max)
-        return jnp.where(adds_nothing(change, energy), 1.0, jnp.maximum(length, tiny) ** doubt)
+    def coefficients(
+        self, moments: EnergyMoments, sizes: Array, sigma: Scalar, sigma_next: Scalar
+    ) -> Gamma:
+        del sizes, sigma, sigma_next
+        # Where delta is rounding noise beside the step, the solver adds nothing.
+        nothing = moments.delta <= (4 * jnp.finfo(moments.delta.dtype).eps) ** 2 * moments.energy
+        gamma = jnp.where(nothing, 1.0, divide(moments.allowed, moments.energy, 1.0))
+        return Gamma(jnp.clip(gamma, self.gamma_min, self.gamma_max))
 
 
-def gaussian_share(eigenvalue: Array, q: Numeric) -> Array:
-    """Phi = E|delta*|^2 / V of the exact step on Gaussian data, q = sigma_next / sigma.
+class TargetMoments(NamedTuple):
+    """What `CleanTarget` averages; (batch, bands) each."""
 
-    With D = l (x - mean) + mean the flow scales x - mean by r = sqrt(l + (1 - l) q^2), so that
-    delta* = ((r - q) / (1 - q) - l)(x - mean), with E|x - mean|^2 = sigma^2 d / (1 - l) and
-    V = sigma^2 l d. Written without cancellation at either end of l; (1 - sqrt l) / (1 + sqrt l)
-    at q = 0.
-    """
-    eigenvalue = jnp.maximum(eigenvalue, jnp.finfo(eigenvalue.dtype).eps)
-    r = jnp.sqrt(eigenvalue + (1 - eigenvalue) * q**2)
-    return (1 - eigenvalue) * eigenvalue * ((1 - q**2) / ((r + q) * (1 + r))) ** 2
+    drift: Bands
+    divergence: Bands
+    energy: Bands
 
 
 @pytree
-class CleanTarget:
-    """The paper's rule: the convex combination of state and candidate closest to the clean sample.
+class CleanTarget(Rule):
+    """The paper's rule: the convex combination of state and proposal closest to the clean sample.
 
     x_next = (1 - gamma) x + gamma T(x), u = x - T(x), in the coordinates alpha x of `schedule`:
 
@@ -243,6 +213,8 @@ class CleanTarget:
     clip is not optional: the target is the clean sample, and unclipped a first-order step lands on
     the posterior mean. With a variance-preserving schedule at small alpha the two terms cancel and
     the mean over a batch is very noisy; the default is the well-conditioned form.
+
+    The paper's coefficient is one for all of a sample: `Stein(..., basis=Whole())`.
     """
 
     gamma_min: Numeric = 0.0
@@ -250,41 +222,36 @@ class CleanTarget:
     schedule: Schedule = EDM()
 
     def __post_init__(self) -> None:
-        check_clip(self.gamma_min, self.gamma_max)
+        _checks.clip(self.gamma_min, self.gamma_max)
 
     def _alphas(self, local: Local) -> tuple[Array, Array]:
         return self.schedule.at(local.sigma)[1], self.schedule.at(local.sigma_next)[1]
 
-    def anchor(self, local: Local) -> Batch:
+    def moments(self, local: Local) -> TargetMoments:
         alpha, alpha_next = self._alphas(local)
-        return alpha / alpha_next * local.x
-
-    def moments(self, local: Local) -> Moments:
-        alpha, alpha_next = self._alphas(local)
+        q = local.sigma_next / local.sigma
         x = alpha * local.x
-        u = x - alpha_next * local.candidate
-        divergence = math.prod(x.shape[1:]) - alpha_next / alpha * local.candidate_trace()
-        return inner(u, x), divergence, inner(u, u)
+        u = x - alpha_next * (q * local.x + (1 - q) * (local.x0 + local.delta))
+        divergence = local.sizes - alpha_next / alpha * local.step_trace()
+        return TargetMoments(local.inner(u, x), divergence, local.inner(u, u))
 
-    def gamma(self, moments: Moments, sigma: Scalar, sigma_next: Scalar) -> Array:
-        del sigma_next
-        drift, divergence, energy = moments
+    def coefficients(
+        self, moments: TargetMoments, sizes: Array, sigma: Scalar, sigma_next: Scalar
+    ) -> Gamma:
+        del sizes, sigma_next
         _, alpha, sigma_t = self.schedule.at(sigma)
-        return divide((1 - 1 / alpha) * drift + sigma_t**2 / alpha * divergence, energy, 1.0)
+        asked = (1 - 1 / alpha) * moments.drift + sigma_t**2 / alpha * moments.divergence
+        gamma = divide(asked, moments.energy, 1.0)
+        return Gamma(jnp.clip(gamma, self.gamma_min, self.gamma_max))
+
+    def delta(self, local: Local, coefficients: Gamma) -> Batch:
+        alpha, alpha_next = self._alphas(local)
+        gamma, q = coefficients.gamma, local.sigma_next / local.sigma
+        anchor = (alpha / alpha_next - q) / (1 - q) * local.x - local.x0
+        return gamma * local.delta + (1 - gamma) * anchor
 
 
 def mean_weight(before: Scalar, sigma: Scalar) -> Array:
-    """Omega, the mean weight of the exponential integral from `before` to sigma; 0: no step."""
+    """Mean weight of the exponential integral from `before` to sigma; before = 0: no such step."""
     ratio = jnp.where(before > 0, before, sigma) / sigma
     return exponential_moments(jnp.log(ratio)[None], 2)[0, 0]
-
-
-def first_order(local: Local) -> Batch:
-    """A(x) = q x + (1 - q) D: the DDIM step, whatever the solver."""
-    q = local.sigma_next / local.sigma
-    return q * local.x + (1 - q) * local.x0
-
-
-def adds_nothing(change: Array, energy: Array) -> Array:
-    """Whether E|delta|^2 is 0, or rounding noise beside the step's own energy."""
-    return change <= (4 * jnp.finfo(change.dtype).eps) ** 2 * energy

@@ -1,15 +1,16 @@
-"""A table of coefficients: record gamma once, replay it as constants.
+"""A table of coefficients: record them once, replay them as constants.
 
-A live correction computes gamma from the batch in every step. Where solver, grid and model stay
-the same gamma hardly changes from batch to batch, so one run may stand for all: `calibrate` makes
-the table, `Calibrated` replays x_next = anchor + gamma_k (candidate - anchor) without statistics,
-derivatives or communication. `benchmarks/calibration.py` measures how far a table carries.
+A live correction computes its coefficients from the batch in every step. Where solver, grid and
+model stay the same they hardly change from batch to batch, so one run may stand for all:
+`calibrate` makes the table, `Calibrated` replays it without statistics, derivatives or
+communication. `benchmarks/calibration.py` measures how far a table carries.
 """
 
 import dataclasses
-import hashlib
+import itertools
 import json
 import os
+from collections import namedtuple
 from pathlib import Path
 from typing import Any
 
@@ -19,62 +20,31 @@ import numpy as np
 from jax import Array
 from jax.core import Tracer
 from jax.typing import ArrayLike
-from jaxtyping import Float
 
-from steindiff_jax._typing import (
+from steindiff_jax import _checks
+from steindiff_jax._identity import describe, fingerprint
+from steindiff_jax._pytree import pytree, static
+from steindiff_jax.grids import check_sigmas
+from steindiff_jax.protocols import (
     Batch,
     Denoiser,
     Key,
-    Numeric,
     Scalar,
     Sigmas,
-    Solver,
     State,
     Step,
-    pytree,
-    static,
+    Wrapper,
 )
-from steindiff_jax.denoisers import rows
-from steindiff_jax.grids import check_sigmas
 from steindiff_jax.sample import sample
-from steindiff_jax.stein.correction import Stein
-from steindiff_jax.stein.divergence import Tweedie
-from steindiff_jax.stein.rules import Local, Moments, Rule
+from steindiff_jax.stein import Cosine, Stein, Whole
+from steindiff_jax.stein.correction import Memory
 
-_FORMAT = "steindiff_jax coefficients 1"
+_FORMAT = "steindiff_jax coefficients 2"
 _RTOL = 1e-5  # two sigmas are one and the same but for the rounding of float32
 
 
 @pytree
-class Constant:
-    """A rule's anchor with a coefficient that is known already: a number or one per sample."""
-
-    rule: Rule
-    value: Numeric
-    gamma_min: Numeric = -jnp.inf
-    gamma_max: Numeric = jnp.inf
-
-    def anchor(self, local: Local) -> Batch:
-        return self.rule.anchor(local)
-
-    def moments(self, local: Local) -> Moments:
-        return (jnp.zeros(local.x.shape[:1], local.x.dtype),)
-
-    def gamma(self, moments: Moments, sigma: Scalar, sigma_next: Scalar) -> Array:
-        del sigma, sigma_next
-        return jnp.broadcast_to(self.value, jnp.shape(moments[0])).astype(moments[0].dtype)
-
-
-def freeze(stein: Stein, gamma: Numeric) -> Stein:
-    """The same correction with gamma, () or (batch,), held constant: no statistics, no probes."""
-    statistics = "sample" if jnp.ndim(gamma) else "batch"
-    rule = Constant(stein.rule, gamma)
-    # Tweedie evaluates the denoiser and nothing else; what it says of the Jacobian is not used.
-    return dataclasses.replace(stein, rule=rule, divergence=Tweedie(), statistics=statistics)
-
-
-@pytree
-class Calibrated:
+class Calibrated(Wrapper):
     """A Stein-corrected solver whose coefficients are a table; made by `calibrate` or `load`.
 
     It steps along its own grid only (`table.sigmas`), padding zeros allowed. Another one is a
@@ -83,20 +53,26 @@ class Calibrated:
     gamma = NaN, and the samples are NaN and marked in info.finite, rather than wrong.
 
     Attributes:
-      stein: the corrected solver that was recorded.
+      inner: the `Stein` that was recorded, with the basis that it used.
       sigmas: (steps + 1,) its grid.
-      gamma: (steps,) the coefficients.
+      coefficients: its rule's coefficients, (steps, bands) each.
       fingerprint: SHA-256 of the denoiser it was recorded with.
     """
 
-    stein: Stein
+    inner: Stein  # pyright: ignore[reportIncompatibleVariableOverride]
     sigmas: Sigmas
-    gamma: Float[Array, " steps"]
+    coefficients: Any
     fingerprint: str = static(default="")
 
-    def init(self, x: Batch, sigmas: Sigmas) -> State:
+    @property
+    def gamma(self) -> Array:
+        """The first of the coefficients, (steps, bands), without bands if there is one."""
+        gamma = self.coefficients[0]
+        return gamma[:, 0] if gamma.shape[-1] == 1 else gamma
+
+    def init(self, x: Batch, sigmas: Sigmas) -> Memory:
         self.check(sigmas)
-        return self.stein.init(x, sigmas)
+        return self.inner.init(x, sigmas)
 
     def check(self, sigmas: ArrayLike) -> None:
         """ValueError unless `sigmas` is the grid of the table, as far as it is known by value."""
@@ -107,26 +83,41 @@ class Calibrated:
             other = mine.shape != given.shape or not np.allclose(mine, given, rtol=_RTOL, atol=0)
         if other:
             raise ValueError(
-                f"this table of gamma is for sigmas={_show(self.sigmas)}, got {_show(sigmas)}; "
+                f"this table is for sigmas={_show(self.sigmas)}, got {_show(sigmas)}; "
                 "pass sigmas=table.sigmas, or calibrate again"
             )
 
     def step(
-        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
-    ) -> tuple[State, Step]:
+        self,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        *,
+        x0: Batch | None = None,
+    ) -> tuple[Step, Memory]:
         here = _close(self.sigmas[:-1], sigma) & _close(self.sigmas[1:], sigma_next)
-        gamma = jnp.where(here.any(), jnp.where(here, self.gamma, 0.0).sum(), jnp.nan)
-        return freeze(self.stein, gamma).step(key, denoiser, state, sigma, sigma_next)
+
+        def at_this_step(column: Array) -> Array:
+            return jnp.where(here.any(), jnp.where(here[:, None], column, 0.0).sum(0), jnp.nan)
+
+        coefficients = jax.tree.map(at_this_step, self.coefficients)
+        return self.inner.replay(coefficients, key, denoiser, state, sigma, sigma_next, x0=x0)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the table as JSON: a few numbers, the solver in words and the fingerprint."""
         table = {
             "format": _FORMAT,
-            "solver": describe(self.stein),
+            "solver": describe(self.inner),
+            "basis": _options(self.inner.basis),
             "fingerprint": self.fingerprint,
-            "dtype": str(self.gamma.dtype),
+            "dtype": str(self.sigmas.dtype),
             "sigmas": np.asarray(self.sigmas, np.float64).tolist(),
-            "gamma": np.asarray(self.gamma, np.float64).tolist(),
+            "coefficients": {
+                name: np.asarray(column, np.float64).tolist()
+                for name, column in self.coefficients._asdict().items()
+            },
         }
         Path(path).write_text(json.dumps(table, indent=2) + "\n")
 
@@ -152,10 +143,22 @@ class Calibrated:
             raise ValueError(f"{path} is not a table that Calibrated.save wrote") from error
         if form != _FORMAT:
             raise ValueError(f"{path} has format {form!r}, expected {_FORMAT!r}")
-        kinds = {"solver": str, "fingerprint": str, "dtype": str, "sigmas": list, "gamma": list}
+        kinds = {
+            "solver": str,
+            "basis": list,
+            "fingerprint": str,
+            "dtype": str,
+            "sigmas": list,
+            "coefficients": dict,
+        }
         wrong = [name for name, kind in kinds.items() if not isinstance(table.get(name), kind)]
         if wrong:
             raise ValueError(f"{path} is damaged: {wrong[0]!r} is {table.get(wrong[0])!r}")
+        if solver.basis is None and table["basis"]:
+            name, *options = table["basis"]
+            if name not in BASES:
+                raise ValueError(f"{path} is damaged: 'basis' is {table['basis']!r}")
+            solver = dataclasses.replace(solver, basis=BASES[name](*options))
         if table["solver"] != describe(solver):
             raise ValueError(
                 f"{path} was recorded with\n  {table['solver']}\ngot\n  {describe(solver)}\n"
@@ -167,13 +170,17 @@ class Calibrated:
                 f"got {fingerprint(denoiser)}; calibrate again, or leave the denoiser out"
             )
         try:
-            sigmas, gamma = (_numbers(table[k], table["dtype"]) for k in ("sigmas", "gamma"))
+            sigmas = _numbers(table["sigmas"], table["dtype"])
             check_sigmas(sigmas)
-            if sigmas.size != gamma.size + 1:
-                raise ValueError(f"{gamma.size} coefficients for {sigmas.size} sigmas")
+            names, columns = zip(*table["coefficients"].items(), strict=True)
+            columns = [_numbers(column, table["dtype"]) for column in columns]
+            shapes = {column.shape for column in columns}
+            if len(shapes) != 1 or {(sigmas.size - 1, *shape[1:2]) for shape in shapes} != shapes:
+                raise ValueError(f"coefficients of shapes {shapes} for {sigmas.size} sigmas")
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        return cls(solver, sigmas, gamma, table["fingerprint"])
+        coefficients = namedtuple("Coefficients", names)(*columns)
+        return cls(solver, sigmas, coefficients, table["fingerprint"])
 
 
 def calibrate(
@@ -181,7 +188,7 @@ def calibrate(
     denoiser: Denoiser,
     shape: tuple[int, ...] | None,
     sigmas: ArrayLike,
-    solver: Solver,
+    solver: Stein,
     *,
     x_init: ArrayLike | None = None,
 ) -> Calibrated:
@@ -196,56 +203,60 @@ def calibrate(
       x_init: as in `sample`.
 
     Returns:
-      A solver that replays gamma. On the batch it was recorded from, gamma is the live run's.
+      A solver that replays them. On the batch they were recorded from, they are the live run's.
 
     Raises:
       ValueError: another kind of solver; per-sample statistics, whose gamma belongs to one sample
         and not to a step; a run that did not stay finite.
     """
-    if not isinstance(solver, Stein):
-        raise ValueError(f"solver must be a Stein, whose gamma there is to record, got {solver!r}")
+    _checks.instance("solver", solver, Stein, "a Stein, whose coefficients there are to record")
     if solver.statistics != "batch":
         raise ValueError(
             "calibrate needs statistics='batch', one gamma for each step; gamma of statistics="
             f"{solver.statistics!r} belongs to single samples"
         )
     sigmas = check_sigmas(sigmas)
-    solution = sample(key, denoiser, shape, sigmas=sigmas, solver=solver, x_init=x_init)
-    if not (solution.info.finite.all() and jnp.isfinite(solution.info.gamma).all()):
+    batch = jnp.shape(x_init) if shape is None else tuple(shape)
+    solver = dataclasses.replace(solver, basis=solver.basis_of(batch))
+    solution = sample(
+        key,
+        denoiser,
+        shape,
+        sigmas=sigmas,
+        solver=solver,
+        x_init=x_init,
+        record=_coefficients,
+    )
+    finite = jax.tree.map(lambda column: jnp.isfinite(column).all(), solution.record)
+    if not (solution.info.finite.all() and all(finite)):
         share = 1 - float(solution.info.finite.all(axis=0).mean())
         raise ValueError(f"{share:.0%} of the samples did not stay finite; gamma would be biased")
-    gamma = solution.info.gamma
-    return Calibrated(solver, sigmas.astype(gamma.dtype), gamma, fingerprint(denoiser))
+    sigmas = sigmas.astype(solution.x.dtype)
+    return Calibrated(solver, sigmas, solution.record, fingerprint(denoiser))
 
 
-def describe(solver: Any) -> str:
-    """A solver in words: its classes, choices and numbers, equal for equal solvers."""
-    return repr(jax.tree.map(lambda leaf: np.asarray(leaf).tolist(), solver))
+def _coefficients(state: State, step: Step) -> Any:
+    del state
+    return step.coefficients
 
 
-def fingerprint(denoiser: Denoiser) -> str:
-    """SHA-256 of a denoiser's arrays and numbers (weights, guidance scale), without conditioning.
+BASES = {"Cosine": Cosine, "Whole": Whole}
 
-    Of what a plain function closes over nothing is known, only its name.
-    """
-    digest = hashlib.sha256()
-    unconditioned = rows(denoiser, lambda row: row[:0])
-    for path, leaf in jax.tree_util.tree_leaves_with_path(unconditioned):
-        digest.update(jax.tree_util.keystr(path).encode())
-        if isinstance(leaf, jax.typing.ArrayLike):
-            value = np.asarray(leaf)
-            digest.update(f"{value.dtype}{value.shape}".encode() + value.tobytes())
-        else:
-            digest.update(getattr(leaf, "__qualname__", type(leaf).__qualname__).encode())
-    return digest.hexdigest()
+
+def _options(basis: Any) -> list:
+    """A basis of the library as a list that makes it anew; nothing of any other."""
+    name = type(basis).__name__
+    if BASES.get(name) is not type(basis):
+        return []
+    return [name, *(getattr(basis, field.name) for field in dataclasses.fields(basis))]
 
 
 def _numbers(values: list, dtype: str) -> Array:
     """A list of JSON as an array, or a ValueError unless it is one of finite numbers."""
     largest = float(np.finfo(dtype).max) if dtype in ("float32", "float64") else -1.0
-    for value in values:
+    for value in itertools.chain(*(v if isinstance(v, list) else [v] for v in values)):
         if type(value) not in (int, float) or not abs(value) <= largest:
-            raise ValueError(f"{value!r} is no finite number in {dtype!r}")
+            raise ValueError(f"{value!r} is not a finite number in {dtype!r}")
     return jnp.asarray(np.asarray(values, dtype))
 
 

@@ -14,17 +14,11 @@ from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import Sharding
 from jax.typing import ArrayLike
 
-from steindiff_jax._typing import (
-    Denoiser,
-    Key,
-    Numeric,
-    Solver,
-    check_count,
-    check_shape,
-)
+from steindiff_jax import _checks
+from steindiff_jax._identity import describe, fingerprint
 from steindiff_jax.denoisers import rows
+from steindiff_jax.protocols import AnySolver, Denoiser, Key, Numeric
 from steindiff_jax.sample import DEFAULT, sample
-from steindiff_jax.stein.calibration import describe, fingerprint
 
 
 def sample_many(
@@ -35,7 +29,7 @@ def sample_many(
     event: tuple[int, ...],
     *,
     sigmas: ArrayLike,
-    solver: Solver | None = None,
+    solver: AnySolver | None = None,
     directory: str | os.PathLike | None = None,
     sharding: Sharding | None = None,
     progress: Callable[[list[int]], Iterable[int]] | None = None,
@@ -44,8 +38,8 @@ def sample_many(
 
     Sample i has a key of its own, fold_in(key, i): with statistics="sample" it is the same whatever
     the batch size; with statistics="batch" gamma is that of its batch. Where n is no multiple of
-    the batch size the last batch is filled up from the one before: samples of this very run, which
-    do the statistics no harm, and of which only the new ones are kept.
+    the batch size the last batch overlaps the previous one so that it is full; only its new samples
+    are returned.
 
     Args:
       key: of `jax.random`, one.
@@ -71,8 +65,8 @@ def sample_many(
         directory that holds another run (other arguments or, known on a single host only, another
         denoiser) or damaged files, which it names.
     """
-    n, event = check_count("n", n), check_shape("event", event)
-    size = min(check_count("batch_size", batch_size), n)
+    n, event = _checks.count("n", n), _checks.shape("event", event)
+    size = min(_checks.count("batch_size", batch_size), n)
     solver = DEFAULT if solver is None else solver
     denoiser = rows(denoiser, partial(_on_host, n=n))
     spans = _own_rows(sharding, size)
