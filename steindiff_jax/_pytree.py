@@ -8,6 +8,7 @@ from typing import Any, TypeVar, dataclass_transform
 import jax
 import jax.export
 import numpy as np
+from jax.core import Tracer
 
 Class = TypeVar("Class")
 
@@ -72,7 +73,7 @@ def _equal(self: Any, other: Any) -> Any:
 def _same(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    if isinstance(a, jax.core.Tracer) or isinstance(b, jax.core.Tracer):
+    if isinstance(a, Tracer) or isinstance(b, Tracer):
         return False
     if isinstance(a, jax.typing.ArrayLike) and isinstance(b, jax.typing.ArrayLike):
         return np.shape(a) == np.shape(b) and bool(np.all(np.asarray(a) == np.asarray(b)))

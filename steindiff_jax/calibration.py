@@ -216,7 +216,7 @@ def calibrate(
             f"{solver.statistics!r} belongs to single samples"
         )
     sigmas = check_sigmas(sigmas)
-    batch = jnp.shape(x_init) if shape is None else tuple(shape)
+    batch = tuple(shape or jnp.shape(jnp.asarray(x_init)))
     solver = dataclasses.replace(solver, basis=solver.basis_of(batch))
     solution = sample(
         key,

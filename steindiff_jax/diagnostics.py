@@ -275,6 +275,7 @@ def stein_discrepancy(
         index, x, sigma = inputs
         keys = _random.sample_keys(jax.random.fold_in(key, index), x.shape[0])
         x0, jacobian = estimator(keys, denoiser, x, sigma)
+        assert jacobian is not None
         noise = (x - x0) / sigma
         left = jacobian.v - jacobian.jv
         energy, expected = inner(noise, noise), jax.vmap(inner)(jacobian.v, left).sum(0)
@@ -333,7 +334,7 @@ def perturbation(
     Args:
       key: for the probes.
       denoiser: as in `sample`; grad log p = (D - x) / sigma^2 in the library's coordinates.
-      state: `State(x, solver.init(x, sigmas))` for a sampler's first step, or its state at a later one.
+      state: `State(x, solver.init(x, sigmas))` for a sampler's first step, or a later state.
       sigma: where the step starts.
       sigma_next: where it ends.
       solver: not corrected: u = x - T(x).
@@ -358,6 +359,7 @@ def perturbation(
         return alpha * x - alpha_next * new.x
 
     x0, jacobian = estimator(_random.sample_keys(key_probe, x.shape[0]), denoiser, x, sigma)
+    assert jacobian is not None
     u, derivative = jax.linearize(residual, x)
     trace = lax.map(lambda v: inner(v, derivative(v)), jacobian.v).sum(0).mean() / alpha
     energy = inner(u, u).mean()

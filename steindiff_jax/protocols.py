@@ -78,7 +78,7 @@ class Info(NamedTuple):
       finite: (steps, batch) whether each sample was finite after each step.
     """
 
-    gamma: Float[Array, "steps *shape"]
+    gamma: Float[Array, " steps *shape"]
     nfe: Int[Array, ""]
     finite: Bool[Array, "steps batch"]
 
@@ -139,13 +139,11 @@ class Schedule(Protocol):
 
 
 class AnySolver:
-    """What `sample` asks of a solver: `init` and `advance`, and the defaults of two questions.
+    """What `sample` asks of a solver: `init` and `advance`, and the defaults of two questions."""
 
-    Attributes:
-      axis_name: the mapped axis that the batch is also spread over, under `shard_map` or `vmap`.
-    """
-
-    axis_name: str | None = None
+    def mapped_axis(self) -> str | None:
+        """The mapped axis that the batch is also spread over, under `shard_map` or `vmap`."""
+        return None
 
     def check(self, sigmas: ArrayLike) -> None:
         """ValueError if the solver cannot step along this grid, whose values are known."""
@@ -220,9 +218,8 @@ class Wrapper(Solver):
 
     inner: Solver
 
-    @property
-    def axis_name(self) -> str | None:  # pyright: ignore[reportIncompatibleVariableOverride]
-        return self.inner.axis_name
+    def mapped_axis(self) -> str | None:
+        return self.inner.mapped_axis()
 
     def check(self, sigmas: ArrayLike) -> None:
         self.inner.check(sigmas)

@@ -122,7 +122,7 @@ def _sample(
     key_noise, key_steps = _random.split(key)
     if x_init is None:
         # A solver that knows the mapped axis of the batch would else start every shard alike.
-        keys = _random.sample_keys(key_noise, shape[0], solver.axis_name)
+        keys = _random.sample_keys(key_noise, shape[0], solver.mapped_axis())
         noise = jax.vmap(lambda key: jax.random.normal(key, shape[1:], sigmas.dtype))(keys)
         x_init = sigmas[0] * noise
     _check_denoiser(denoiser, x_init, sigmas[0])

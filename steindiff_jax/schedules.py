@@ -215,12 +215,12 @@ class Discrete(_VariancePreserving):
     @property
     def sigma_min(self) -> Array:
         """The ratio at the first timestep."""
-        return self.ratio(0.0)
+        return self.ratio(jnp.zeros(()))
 
     @property
     def sigma_max(self) -> Array:
         """The ratio at the last timestep."""
-        return self.ratio(float(jnp.size(self.betas) - 1))
+        return self.ratio(jnp.asarray(jnp.size(self.betas) - 1.0))
 
     def _log_alpha(self) -> Array:
         return jnp.cumsum(jnp.log1p(-jnp.asarray(self.betas))) / 2

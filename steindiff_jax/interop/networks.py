@@ -16,8 +16,8 @@ import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
-from steindiff_jax._numerics import accurate
-from steindiff_jax._typing import Batch, Rows
+from steindiff_jax._numerics import at_least_float32
+from steindiff_jax.protocols import Batch, Rows
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": nn.silu,
@@ -384,7 +384,7 @@ class Attention(nn.Module):
 
         query, key, value = project("to_q"), project("to_k"), project("to_v")
         logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(self.head_dim)
-        weights = jax.nn.softmax(accurate(logits)).astype(value.dtype)
+        weights = jax.nn.softmax(at_least_float32(logits)).astype(value.dtype)
         h = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*h.shape[:2], -1)
         return nn.Dense(shape[-1], name="to_out.0")(h).reshape(shape)
 

@@ -71,7 +71,7 @@ class Stein(Wrapper):
     estimator: Estimator = Tweedie()
     basis: Basis | None = None
     statistics: str = static(default="batch", choices=STATISTICS)
-    axis_name: str | None = static(default=None)  # pyright: ignore[reportIncompatibleVariableOverride]
+    axis_name: str | None = static(default=None)
 
     def __post_init__(self) -> None:
         _checks.fields(self)
@@ -80,6 +80,9 @@ class Stein(Wrapper):
         _checks.instance("estimator", self.estimator, Estimator, "an estimator such as Tweedie()")
         if self.basis is not None:
             _checks.instance("basis", self.basis, Basis, "a basis such as Cosine()")
+
+    def mapped_axis(self) -> str | None:
+        return self.axis_name
 
     def basis_of(self, shape: tuple[int, ...]) -> Basis:
         """The basis that is used on a batch of this shape."""
@@ -169,7 +172,7 @@ class Stein(Wrapper):
             inner=basis.inner,
             centred=differences if self.statistics == "batch" else lambda a: a,
             trace=lambda: None,
-            step_trace=lambda: None,
+            step_trace=_no_trace,
         )
         return step, Memory(inner, Previous(local.x0, local.delta, sigma)), local
 
@@ -241,6 +244,10 @@ def _step_trace(
     a, b = moved(ones, jnp.zeros_like(x)), moved(jnp.zeros_like(x), ones)
     a, b = (part.reshape(part.shape[0], -1)[:, :1] for part in (a, b))
     return a * local.sizes + b * (local.sizes - local.inner(noise, noise))
+
+
+def _no_trace() -> Bands:
+    raise ValueError("given coefficients need no moments")
 
 
 def _refuse(x: Batch, sigma: Scalar) -> Array:  # noqa: ARG001
