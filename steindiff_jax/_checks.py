@@ -91,6 +91,6 @@ def clip(gamma_min: Any, gamma_max: Any) -> None:
 
 def instance(name: str, value: Any, kind: type | tuple[type, ...], example: str) -> None:
     """ValueError unless the value is an instance of the kind, and not its class."""
-    if not isinstance(value, kind):
+    if isinstance(value, type) or not isinstance(value, kind):  # a class has its methods too
         got = f"the class {value.__name__}: call it" if isinstance(value, type) else repr(value)
         raise ValueError(f"{name} must be {example}, got {got}")

@@ -33,7 +33,7 @@ def fold_in(key: Key, data: ArrayLike) -> Key:
     return each(key, data)
 
 
-def sample_keys(key: Key, batch: int, axis_name: str | None = None) -> Key:
+def sample_keys(key: Key, batch: Any, axis_name: str | None = None) -> Key:
     """One key a sample, by its index in the whole batch, however that is spread; (batch,)."""
     if one_each(key):
         if key.shape[0] != batch:

@@ -67,8 +67,8 @@ def time_sigmas(
     """Uniform in t^(1/power) of a schedule from t_max to t_min, then 0; (steps + 1,).
 
     power: 1 is uniform in time, 2 quadratic (Song et al. 2021, arXiv:2010.02502, section D.3).
-    Where alpha(t_max) = 0, as for `RectifiedFlow` and `VPCosine` at 1, the ratio is infinite: start
-    below. ValueError for fewer than one step.
+    ValueError for fewer than one step, and where the ratio at t_max is infinite, as for
+    `RectifiedFlow` and `VPCosine` at 1: start below.
     """
 
     def ratio(u: Array) -> Array:
@@ -77,6 +77,9 @@ def time_sigmas(
 
     low, high = _ends("[0, inf)", t_min=t_min, t_max=t_max)
     _checks.number("power", power, "(0, inf)")
+    start = schedule.sigma(high) / schedule.alpha(high)
+    if not isinstance(start, Tracer) and not np.isfinite(start):
+        raise ValueError(f"t_max={t_max} has an infinite ratio: start below, such as at 0.999")
     return _uniform(steps, high ** (1 / power), low ** (1 / power), ratio)
 
 

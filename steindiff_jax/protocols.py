@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
@@ -98,6 +99,11 @@ class Solution(NamedTuple):
 
 
 Record = Callable[[State, Step], Any]
+
+for _part in (State, Step, Info, Solution):
+    jax.export.register_namedtuple_serialization(
+        _part, serialized_name=f"steindiff_jax.{_part.__name__}"
+    )
 
 
 # --- Denoisers and schedules ---------------------------------------------------------------------
@@ -272,10 +278,13 @@ class Basis:
         return jnp.matmul(flat, member, precision=jax.lax.Precision.HIGHEST)
 
     def spread(self, values: Array, event: tuple[int, ...]) -> Array:
-        """A value for each band, (bands,) or (batch, bands), at each coefficient of that band."""
+        """A value for each band, (bands,) or (batch, bands), at each coefficient of that band.
+
+        Returns (1 or batch, *event), where there is one band with 1 for each axis of the event.
+        """
         labels = self.labels(event)
-        shape = (*values.shape[:-1], *([1] * len(event)))
-        return values[..., labels] if labels.any() else values.reshape(shape)
+        values = jnp.atleast_2d(values)
+        return values[:, labels] if labels.any() else values.reshape(-1, *([1] * len(event)))
 
     def sizes(self, event: tuple[int, ...]) -> np.ndarray:
         """How many coefficients each band has; (bands,)."""
@@ -337,7 +346,7 @@ class Local(NamedTuple):
       previous: the step before.
       sigma: where the step starts.
       sigma_next: where it ends.
-      sizes: (bands,) how many coefficients each band has.
+      sizes: (1, bands) how many coefficients each band has.
       inner: (a, b) -> (batch, bands), inner products within each band.
       centred: a -> rows of the same covariance without the mean over the batch, see `Stein`; with
         per-sample statistics a itself.
@@ -352,7 +361,7 @@ class Local(NamedTuple):
     previous: Previous
     sigma: Scalar
     sigma_next: Scalar
-    sizes: Float[Array, " bands"]
+    sizes: Float[Array, "1 bands"]
     inner: Callable[[Batch, Batch], Bands]
     centred: Callable[[Batch], Batch]
     trace: Callable[[], Bands | None]
@@ -377,11 +386,12 @@ class Rule:
         return ()
 
     def coefficients(
-        self, moments: Any, sizes: Float[Array, " bands"], sigma: Scalar, sigma_next: Scalar
+        self, moments: Any, sizes: Float[Array, "*one bands"], sigma: Scalar, sigma_next: Scalar
     ) -> tuple:
         """A NamedTuple of (bands,) or (batch, bands) arrays; the first is reported as gamma.
 
         moments: their means (bands,), or those of each sample (batch, bands).
+        sizes: how many coefficients each band has; (bands,), or (1, bands) beside (batch, bands).
         """
         raise NotImplementedError
 

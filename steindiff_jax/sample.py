@@ -106,9 +106,9 @@ def sample(
 @partial(jax.jit, static_argnames=("shape", "padded", "remat"))
 def _sample(
     key: Key,
-    denoiser: Denoiser,
-    solver: AnySolver,
-    record: Record | None,
+    denoiser: Any,
+    solver: Any,
+    record: Any,
     sigmas: Sigmas,
     x_init: Batch | None,
     *,
@@ -178,7 +178,8 @@ class Static:
 
 def _as_data(leaf: Any, dtype: Any) -> Any:
     """A leaf as an argument of `jit`: numbers in one dtype, so that all kinds share a program."""
-    weak = isinstance(leaf, Array) and leaf.ndim == 0 and leaf.weak_type
+    # Arrays of keys have no weak type.
+    weak = isinstance(leaf, Array) and leaf.ndim == 0 and getattr(leaf, "weak_type", False)
     if isinstance(leaf, float | np.floating) or (weak and jnp.issubdtype(leaf.dtype, jnp.floating)):
         return jnp.asarray(leaf, dtype)
     return leaf if isinstance(leaf, ArrayLike) else Static(leaf)

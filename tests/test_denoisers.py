@@ -1,89 +1,16 @@
-"""Schedules, predictions, Flax adapters and guidance."""
+"""Predictions, Flax adapters, guidance and thresholds."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import normal
+from closed_forms import mixture, normal, run
 from flax import linen as nn
 from flax import nnx
 from numpy.testing import assert_allclose, assert_array_equal
 
 import steindiff_jax as sd
-from steindiff_jax.denoisers import with_posterior
-
-BETAS = np.linspace(1e-4, 0.02, 1000)
-TABLE = np.cumprod(1 - BETAS)
-
-
-def linear(t):
-    alpha = np.exp(-(0.1 * t + 19.9 * t**2 / 2) / 2)
-    return alpha, np.sqrt(1 - alpha**2)
-
-
-def cosine(t):
-    alpha = np.cos((t + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)
-    return alpha, np.sqrt(1 - alpha**2)
-
-
-def discrete(t):
-    ratio = np.exp(np.interp(t, np.arange(1000), np.log((1 - TABLE) / TABLE) / 2))
-    return 1 / np.sqrt(1 + ratio**2), ratio / np.sqrt(1 + ratio**2)
-
-
-# Each schedule, alpha(t) and sigma(t) as its paper writes them, and times within its domain.
-SCHEDULES = {
-    "EDM": (sd.EDM(), lambda t: (np.ones_like(t), t), np.geomspace(1e-3, 80, 9)),
-    "VPLinear": (sd.VPLinear(), linear, np.linspace(0.02, 1, 9)),
-    "VPCosine": (sd.VPCosine(), cosine, np.linspace(0.02, 0.99, 9)),
-    "RectifiedFlow": (sd.RectifiedFlow(), lambda t: (1 - t, t), np.linspace(0.02, 0.99, 9)),
-    "Discrete": (sd.Discrete(BETAS), discrete, np.array([0.0, 1, 1.5, 7, 99.25, 500, 998, 999])),
-}
-
-
-# --- Schedules -----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedule_is_its_paper_s(name):
-    schedule, formula, t = SCHEDULES[name]
-    alpha, sigma = formula(t)
-    assert_allclose(schedule.alpha(jnp.asarray(t)), alpha, rtol=1e-10)
-    assert_allclose(schedule.sigma(jnp.asarray(t)), sigma, rtol=1e-10)
-    ratio = jnp.asarray(sigma / alpha)
-    assert_allclose(schedule.time(ratio), t, rtol=1e-9, atol=1e-12)
-    for found, expected in zip(schedule.at(ratio), (t, alpha, sigma), strict=True):
-        assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
-
-
-def test_discrete_table_and_clamping():
-    schedule = sd.Discrete(BETAS)
-    n = jnp.arange(1000.0)
-    assert_allclose(schedule.alpha(n) ** 2, TABLE, rtol=1e-12)
-    assert_allclose(schedule.sigma(n) ** 2, 1 - TABLE, rtol=1e-12)
-    assert_array_equal(schedule.time(jnp.array([1e-9, 1e9])), [0, 999])
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_float32_keeps_its_digits_at_the_extremes(name):
-    schedule = SCHEDULES[name][0]
-    ratio = np.geomspace(0.02, 150, 41) if name == "Discrete" else np.geomspace(1e-4, 1e4, 41)
-    narrow = schedule.at(jnp.asarray(ratio, jnp.float32))
-    wide = schedule.at(jnp.asarray(np.float64(np.float32(ratio))))
-    for a, b in zip(narrow, wide, strict=True):
-        assert a.dtype == jnp.float32
-        assert_allclose(a, b, rtol=3e-6)
-
-
-@pytest.mark.parametrize("name", SCHEDULES)
-def test_schedule_is_smooth_in_its_ratio(name):
-    """Finite derivatives, equal to differences of the wide values."""
-    schedule = SCHEDULES[name][0]
-    for ratio in (0.1, 1.0, 60.0):
-        slopes = jax.jacfwd(lambda r: jnp.stack(schedule.at(r)))(ratio)
-        up, down = (jnp.stack(schedule.at(jnp.asarray(ratio * (1 + e)))) for e in (1e-6, -1e-6))
-        assert_allclose(slopes, (up - down) / (2e-6 * ratio), rtol=1e-5, atol=1e-9)
-
+from steindiff_jax.denoisers import rows
 
 # --- Predictions ---------------------------------------------------------------------------------
 
@@ -123,14 +50,40 @@ def network(prediction, formula):
     return apply
 
 
+SCHEDULES = {
+    "EDM": (sd.EDM(), lambda t: (np.ones_like(t), t)),
+    "RectifiedFlow": (sd.RectifiedFlow(), lambda t: (1 - t, t)),
+    "VPCosine": (sd.VPCosine(0.0), lambda t: (np.cos(np.pi / 2 * t), np.sin(np.pi / 2 * t))),
+}
+PREDICTIONS = ["x0", "epsilon", "v", "score", "edm", "flow"]
+
+
 @pytest.mark.parametrize("name", SCHEDULES)
-@pytest.mark.parametrize("prediction", ["x0", "epsilon", "v", "score", "edm", "flow"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_predictions(name, prediction):
-    schedule, formula, _ = SCHEDULES[name]
+    schedule, formula = SCHEDULES[name]
     denoiser = sd.Network(network(prediction, formula), (), schedule, prediction, SIGMA_DATA)
     for s in (0.05, 0.7, 30.0):
         y = normal(5, 3, scale=s) + MEAN[None]
         assert_allclose(denoiser(y, jnp.asarray(s)), exact(np.asarray(y), s), atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize("channels", [1, 2, 6])
+def test_a_network_of_another_shape_is_refused(prediction, channels):
+    """One channel for three would broadcast; twice as many is a learned variance."""
+
+    def apply(parameters, x, t):
+        del parameters, t
+        return jnp.ones((*x.shape[:-1], channels), x.dtype)
+
+    denoiser = sd.Network(apply, (), sd.RectifiedFlow(), prediction)
+    message = rf"the shape of its input, \(2, 4, 4, 3\), got \(2, 4, 4, {channels}\)"
+    message += "; leave out its learned variance" if channels == 6 else "(?!;)"
+    with pytest.raises(ValueError, match=message):
+        denoiser(normal(2, 4, 4, 3), jnp.asarray(1.0))
+    with pytest.raises(ValueError, match=message):
+        sd.sample(jax.random.key(0), denoiser, (2, 4, 4, 3), sigmas=np.array([2.0, 0.0]))
 
 
 # --- Flax ----------------------------------------------------------------------------------------
@@ -262,6 +215,42 @@ def test_cond_needs_a_row_per_sample(linen, wrong):
         denoiser(X, jnp.asarray(1.0))
 
 
+def test_a_module_of_the_other_library_is_refused(linen, module):
+    with pytest.raises(ValueError, match=r"flax.nnx module \(see also from_linen\), got Linen"):
+        sd.from_nnx(linen[0], **FLOW)
+    with pytest.raises(ValueError, match=r"flax.linen module \(see also from_nnx\), got Nnx"):
+        sd.from_linen(module, {}, **FLOW)
+    with pytest.raises(ValueError, match="got the class Linen: call it"):
+        sd.from_linen(Linen, linen[1], **FLOW)
+
+
+def test_cond_of_nested_pytrees_and_none():
+    """Each leaf has a row per sample, which `rows` takes and guidance joins; None stays None."""
+
+    def apply(parameters, x, t, text, label):
+        assert label is None
+        shift = text["tokens"].sum(axis=1) * text["mask"][0]
+        return parameters * x + shift[:, None] + t[:, None]
+
+    def network(text):
+        cond = {"text": text, "label": None}
+        return sd.Network(apply, 0.5, sd.EDM(), "x0", cond=cond)
+
+    text = {"tokens": normal(6, 3), "mask": [jnp.arange(6.0), None]}
+    null = jax.tree.map(jnp.zeros_like, text)
+    one, other, s = network(text), network(null), jnp.asarray(0.8)
+    expected = 0.5 * X + (text["tokens"].sum(1) * jnp.arange(6.0))[:, None] + 0.8
+    assert_allclose(one(X, s), expected, rtol=1e-12)
+    assert_allclose(rows(one, lambda a: a[1::2])(X[1::2], s), expected[1::2], rtol=1e-12)
+    both = sd.guided(one, other, 3.0)
+    assert_allclose(both(X, s), by_hand(one, other, 3.0, s), rtol=1e-12)
+    taken = rows(both, lambda a: a[1::2])(X[1::2], s)
+    assert_allclose(taken, both(X, s)[1::2], rtol=1e-12)
+    text["mask"][0] = jnp.ones(5)
+    with pytest.raises(ValueError, match=r"cond\['text'\]\['mask'\]\[0\].*leading axis 6"):
+        network(text)(X, s)
+
+
 def test_adapters_rebuilt_do_not_trace_again(linen):
     """New weights, labels and numbers are data, even in an adapter made anew."""
     traces = []
@@ -365,42 +354,202 @@ def test_guidance_scales_at_its_landmarks():
     assert_allclose(sd.guided(one, other, 0.0)(X, s), other(X, s), rtol=1e-12)
 
 
-def test_posterior_mean_that_guidance_is_made_of():
-    """The conditional branch, through thresholds too; any other denoiser is its own."""
-    one, other, s = (lambda x, _: x / 2), (lambda x, _: -x), jnp.asarray(0.8)
-    inside, outside = sd.guided(one, other, 3.0), sd.guided(sd.guided(one, other, 2.0), one, 5.0)
-    for denoiser in (inside, outside, sd.StaticThreshold(inside), sd.DynamicThreshold(inside)):
-        value, posterior = with_posterior(denoiser, X, s)
-        assert_array_equal(value, denoiser(X, s))
-        assert_array_equal(posterior, one(X, s))
-    assert_array_equal(with_posterior(one, X, s), [X / 2, X / 2])
-    assert_allclose(inside(X, s), 3.5 * X, rtol=1e-12)
-    one, other = branches(Guide())
-    assert_allclose(with_posterior(sd.guided(one, other, 3.0), X, s)[1], one(X, s), rtol=1e-12)
+def numbers(value):
+    """One number in the forms that people pass."""
+    return [
+        value,
+        int(value),
+        np.float64(value),
+        np.float32(value),
+        np.int32(value),
+        jnp.asarray(value),
+        jnp.float64(value),
+    ]
 
 
 def test_guidance_scale_is_traced():
-    """One program for every scale, alone and vmapped."""
+    """One program for every scale, alone and vmapped, and for every kind of number."""
     apply, grid = Guide(), sd.karras_sigmas(3)
     one, other = branches(apply)
 
     def draw(scale):
         denoiser = sd.guided(one, other, scale)
-        return sd.sample(jax.random.key(0), denoiser, (6, 2), sigmas=grid).x
+        return sd.sample(jax.random.key(0), denoiser, (6, 2), sigmas=grid, solver=sd.DDIM()).x
 
     first = draw(1.0)
     count = len(apply.rows)
-    assert np.abs(draw(5.0) - first).max() > 1e-3
+    fifth = draw(5.0)
+    assert np.abs(fifth - first).max() > 1e-3
+    for scale in numbers(5.0):
+        assert_allclose(draw(scale), fifth, rtol=1e-12)
     assert len(apply.rows) == count
     mapped = jax.vmap(draw)(jnp.array([1.0, 5.0]))
-    assert_allclose(mapped, jnp.stack([first, draw(5.0)]), rtol=1e-9, atol=1e-12)
+    assert_allclose(mapped, jnp.stack([first, fifth]), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("fraction", [0.5, 0.3])
-def test_probes_of_a_part_of_the_batch_keep_each_sample_s_label(fraction):
-    """The network then runs on two parts of the batch, with two parts of the conditioning."""
-    one, other = branches(Guide())
-    keys, s = jax.random.split(jax.random.key(0), 6), jnp.asarray(0.8)
-    for denoiser in (one, sd.guided(one, other, 3.0), sd.guided(one, lambda x, _: x, 3.0)):
-        x0, _ = sd.Hutchinson(fraction=fraction)(keys, denoiser, X, s)
-        assert_allclose(x0, denoiser(X, s), rtol=1e-12)
+# Events whose number of channels is that of the samples, or not: (batch,) must not mean channels.
+EVENTS = [(3, 3), (3, 2), (3, 4, 4, 3), (3, 4, 4, 2)]
+
+
+def shrunk(factor):
+    """A network whose conditioning shifts each channel by another amount."""
+
+    def apply(parameters, x, t, shift):
+        del t
+        rows = shift.reshape(-1, *[1] * (x.ndim - 1))
+        return parameters * x + rows * jnp.ones_like(x).cumsum(axis=-1)
+
+    shift = jnp.full(3, factor)
+    return sd.Network(apply, 0.5, sd.EDM(), "x0", cond={"shift": shift})
+
+
+PAIRS = {
+    "one network": lambda: (shrunk(1.0), shrunk(-0.5)),
+    "two denoisers": lambda: ((lambda x, s: x / (1 + s)), (lambda x, s: x * 0 + s)),
+}
+W = jnp.array([0.5, 2.0, 5.0])
+
+
+@pytest.mark.parametrize("shape", EVENTS, ids=str)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_guidance_scale_for_each_sample(pair, shape):
+    """Sample i of w (batch,) is sample i of the scale w_i; also as a function of sigma."""
+    one, other = PAIRS[pair]()
+    x, s = normal(*shape), jnp.asarray(0.8)
+    alone = jnp.stack([sd.guided(one, other, float(w))(x, s)[i] for i, w in enumerate(W)])
+    assert np.abs(alone[1:] - sd.guided(one, other, 0.5)(x, s)[1:]).max() > 0.1
+    assert_allclose(sd.guided(one, other, W)(x, s), alone, rtol=1e-12)
+    scaled = sd.guided(one, other, lambda sigma: W * sigma)
+    assert_allclose(scaled(x, s), sd.guided(one, other, 0.8 * W)(x, s), rtol=1e-12)
+    interval = sd.guided(one, other, lambda sigma: jnp.where(sigma < 1, 3.0, 1.0))
+    for sigma, w in ((0.8, 3.0), (1.2, 1.0)):
+        expected = sd.guided(one, other, w)(x, jnp.asarray(sigma))
+        assert_allclose(interval(x, jnp.asarray(sigma)), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "solver", [sd.DPMpp2M(), sd.Heun(), sd.Stein(sd.IPNDM(3), statistics="sample")], ids=repr
+)
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_guidance_scale_for_each_sample_through_solvers(pair, solver):
+    """Samples that do not see each other: each is that of a run with its scale for all."""
+    one, other = PAIRS[pair]()
+    grid, x = np.array([3.0, 1.5, 0.5, 0.0]), normal(3, 3, scale=3.0)
+
+    def draw(scale):
+        return run(sd.guided(one, other, scale), grid, solver, x).x
+
+    found = draw(W)
+    for i, w in enumerate(W):
+        assert_allclose(found[i], draw(float(w))[i], rtol=1e-10)
+
+
+def test_a_guidance_scale_for_each_sample_in_the_default_solver():
+    """Where gamma is of the batch: w of equal entries is the number, a callable the array."""
+    one, other = PAIRS["one network"]()
+    grid, x = np.array([3.0, 1.5, 0.5, 0.0]), normal(3, 4, 4, 3, scale=3.0)
+
+    def draw(scale):
+        return run(sd.guided(one, other, scale), grid, None, x).x
+
+    assert_allclose(draw(jnp.full(3, 2.0)), draw(2.0), rtol=1e-10)
+    assert_allclose(draw(lambda _: W), draw(W), rtol=1e-10)
+    assert np.abs(draw(W) - draw(2.0))[jnp.array([0, 2])].min(axis=(1, 2, 3)).max() > 1e-6
+
+
+def test_rows_of_a_guided_denoiser_keep_their_scales():
+    s, x = jnp.asarray(0.8), normal(3, 2)
+
+    def take(a):
+        return a[1:]
+
+    for pair in PAIRS.values():
+        denoiser = sd.guided(*pair(), W)
+        assert_allclose(rows(denoiser, take)(x[1:], s), denoiser(x, s)[1:], rtol=1e-12)
+        for scale in (2.0, lambda _: 2.0):
+            denoiser = sd.guided(*pair(), scale)
+            assert_allclose(rows(denoiser, take)(x[1:], s), denoiser(x, s)[1:], rtol=1e-12)
+
+
+def test_guidance_with_a_scale_for_each_band():
+    """Equal scales are the plain one; one that differs guides its band alone."""
+    one, other = PAIRS["one network"]()
+    x, s, basis = normal(3, 8, 8, 3), jnp.asarray(0.8), sd.Cosine(2)
+    bands = len(basis.sizes((8, 8, 3)))
+    assert bands == 4
+    plain = sd.guided(one, other, 3.0)(x, s)
+    denoiser = sd.guided(one, other, jnp.full(bands, 3.0), basis=basis)
+    assert_allclose(denoiser(x, s), plain, rtol=1e-10, atol=1e-12)
+    assert_allclose(rows(denoiser, lambda a: a[1:])(x[1:], s), plain[1:], rtol=1e-10, atol=1e-12)
+    scales = jnp.array([3.0, 1.0, 0.0, 2.0])
+    for scale in (scales, lambda _: scales):
+        found = basis.transform(sd.guided(one, other, scale, basis=basis)(x, s))
+        d_u, d_c = basis.transform(other(x, s)), basis.transform(one(x, s))
+        expected = d_u + np.asarray(scales)[basis.labels((8, 8, 3))][None] * (d_c - d_u)
+        assert_allclose(found, expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [jnp.ones(2), jnp.ones((3, 1)), jnp.ones(4), jnp.ones((1, 3))])
+@pytest.mark.parametrize("pair", PAIRS)
+def test_a_guidance_scale_of_another_shape_is_refused(pair, scale):
+    x, s, one_other = normal(3, 4, 4, 2), jnp.asarray(0.8), PAIRS[pair]()
+    for given in (scale, lambda _: scale):
+        with pytest.raises(ValueError, match=r"scale must have shape \(\) or \(3,\), got"):
+            sd.guided(*one_other, given)(x, s)
+        with pytest.raises(ValueError, match="a value for each of 2 bands"):
+            sd.guided(*one_other, jnp.ones(3), basis=sd.Cosine(2, colour=False))(x, s)
+
+
+# --- Thresholds ----------------------------------------------------------------------------------
+
+
+def spread(x, sigma):
+    """A denoiser whose samples have entries up to 2, 4, 6, ... in modulus."""
+    del sigma
+    scale = 2 * jnp.arange(1, x.shape[0] + 1, dtype=x.dtype)[:, None, None]
+    return scale * jnp.tanh(x)
+
+
+def test_static_threshold():
+    x = normal(3, 4, 5)
+    assert_array_equal(
+        sd.StaticThreshold(spread, 1.5)(x, jnp.asarray(1.0)), np.clip(spread(x, 1.0), -1.5, 1.5)
+    )
+
+
+def test_dynamic_threshold():
+    """Section 2.3 of arXiv:2205.11487, each sample by itself, over all axes of the event."""
+    x = normal(3, 4, 5)
+    found = sd.DynamicThreshold(spread, 0.8, 3.0)(x, jnp.asarray(1.0))
+    x0 = np.asarray(spread(x, 1.0))
+    for row, expected in zip(found, x0, strict=True):
+        s = max(np.quantile(np.abs(expected), 0.8), 3.0)
+        assert_allclose(row, np.clip(expected, -s, s) * 3.0 / s, rtol=1e-12)
+    assert_array_equal(found[0], x0[0])  # all within the limit: left alone
+
+
+@pytest.mark.parametrize("wrap", [sd.StaticThreshold, sd.DynamicThreshold])
+def test_thresholds_are_denoisers(wrap):
+    """Pytrees with the limit as a leaf, inside `sample`, and for some of the samples only."""
+
+    class Labelled:
+        def __init__(self, labels):
+            self.labels = labels
+
+        def __call__(self, x, sigma):
+            del sigma
+            return x + self.labels[:, None]
+
+        def rows(self, take):
+            return Labelled(take(self.labels))
+
+    labels = jnp.array([0.5, -3.0, 8.0, 1.0])
+    x, sigma = normal(4, 2), jnp.asarray(1.0)
+    wrapped = wrap(Labelled(labels))
+    some = rows(wrapped, lambda a: a[1::2])
+    assert_array_equal(some(x[1::2], sigma), wrapped(x, sigma)[1::2])
+    solution = run(wrap(mixture(), limit=0.1), sd.karras_sigmas(4), sd.DPMpp2M(), 80 * x)
+    assert np.abs(solution.x).max() <= 0.1
+    slope = jax.grad(lambda limit: wrap(mixture(), limit=limit)(x, sigma).sum())(0.1)
+    assert np.isfinite(slope)
+    assert slope != 0

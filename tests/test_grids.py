@@ -51,7 +51,100 @@ def test_numbers_may_be_traced(grid):
     assert_allclose(mapped[1], grid(4, 0.01), rtol=1e-12)
 
 
-@pytest.mark.parametrize("solver", [sd.Stein(sd.DPMpp3M()), sd.Heun(), sd.IPNDM(4)], ids=type)
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_time_grid(power):
+    """Uniform, or quadratic, in t: equal differences of t^(1 / power)."""
+    for schedule in (sd.VPLinear(), sd.VPCosine(), sd.RectifiedFlow()):
+        grid = np.asarray(sd.time_sigmas(7, schedule, t_min=0.05, t_max=0.9, power=power))
+        t = np.asarray(schedule.time(jnp.asarray(grid[:-1])))
+        assert grid[-1] == 0.0
+        assert_allclose(t ** (1 / power), np.linspace(0.9 ** (1 / power), 0.05 ** (1 / power), 7))
+
+
+def test_cosine_grid():
+    """Tan of uniform angles, which is uniform in the time of the cosine schedule without shift."""
+    grid = sd.cosine_sigmas(9, 0.01, 50.0)
+    assert_allclose(np.diff(np.arctan(grid[:-1])), np.arctan([0.01, 50.0]) @ [1, -1] / 8, rtol=1e-9)
+    ends = 2 / np.pi * np.arctan([0.01, 50.0])
+    assert_allclose(grid, sd.time_sigmas(9, sd.VPCosine(0.0), *ends), rtol=1e-9)
+
+
+def test_flow_grid():
+    """T from t_max to 0, shifted as the schedule shifts it."""
+    t = np.linspace(0.9, 0.0, 6)
+    assert_allclose(sd.flow_sigmas(5, t_max=0.9), t / (1 - t), rtol=1e-12)
+    shifted = sd.RectifiedFlow(3.0)
+    ratio = shifted.sigma(jnp.asarray(t)) / shifted.alpha(jnp.asarray(t))
+    assert_allclose(sd.flow_sigmas(5, shift=3.0, t_max=0.9), ratio, rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("spacing", "steps", "timesteps"),
+    [
+        # arXiv:2305.08891, table 2, counted from 0
+        ("leading", 10, [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]),
+        ("linspace", 10, [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]),
+        ("trailing", 10, [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),
+        ("leading", 3, [666, 333, 0]),
+        ("trailing", 3, [999, 666, 332]),
+        ("trailing", 1, [999]),
+    ],
+)
+def test_ddpm_grid(spacing, steps, timesteps):
+    schedule = sd.Discrete.scaled_linear()
+    grid = sd.ddpm_sigmas(steps, schedule, spacing)
+    cumulative = np.cumprod(1 - np.asarray(schedule.betas))[timesteps]
+    assert_allclose(grid, [*np.sqrt((1 - cumulative) / cumulative), 0.0], rtol=1e-9)
+    assert_allclose(schedule.time(grid[:-1]), timesteps, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: sd.cosine_sigmas(0), "steps must be at least 1, got 0"),
+        (lambda: sd.time_sigmas(0, sd.EDM()), "steps must be at least 1, got 0"),
+        (lambda: sd.flow_sigmas(0), "steps must be at least 1, got 0"),
+        (lambda: sd.ddpm_sigmas(0, sd.Discrete.linear()), "between 1 and 1000, got 0"),
+        (lambda: sd.ddpm_sigmas(1001, sd.Discrete.linear()), "between 1 and 1000, got 1001"),
+        (
+            lambda: sd.ddpm_sigmas(5, sd.Discrete.linear(), "even"),
+            "spacing must be one of .*'even'",
+        ),
+    ],
+)
+def test_wrong_grids(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    "grid",
+    [
+        sd.cosine_sigmas(5),
+        sd.time_sigmas(5, sd.VPLinear(), power=2.0),
+        sd.flow_sigmas(5, shift=3.0),
+        sd.ddpm_sigmas(5, sd.Discrete.linear().zero_terminal_snr()),
+        np.array([40.0, 9.0, 3.0, 0.5, 0.1, 0.0]),
+        jnp.array([40.0, 9.0, 3.0, 0.5, 0.1, 0.01]),
+    ],
+)
+def test_every_grid_samples(grid):
+    """Decreasing, accepted and finite to the end, in a solver that takes logarithms."""
+    solution = sd.sample(jax.random.key(0), mixture(), (16, 2), sigmas=grid, solver=sd.UniPC(3))
+    assert solution.info.finite.all()
+    assert solution.info.nfe == 5
+
+
+@pytest.mark.parametrize("schedule", [sd.VPCosine(), sd.RectifiedFlow()], ids=type)
+def test_a_grid_in_time_from_infinity_is_refused(schedule):
+    """By `time_sigmas` itself, in both widths, and with the remedy."""
+    for t_max in (1.0, np.float32(1.0), jnp.ones((), jnp.float32)):
+        with pytest.raises(ValueError, match=r"t_max=.*1.* has an infinite ratio: start below"):
+            sd.time_sigmas(5, schedule, t_max=t_max)
+    assert np.isfinite(sd.time_sigmas(5, schedule, t_max=0.999)).all()
+
+
+@pytest.mark.parametrize("solver", [sd.Stein(sd.DPMpp3M()), sd.Heun()], ids=type)
 def test_padding_changes_nothing(solver):
     """Grids padded with zeros share one program and give what the grid alone gives."""
     traces = []
@@ -62,7 +155,12 @@ def test_padding_changes_nothing(solver):
         return mixture()(x, sigma)
 
     def draw(sigmas):
-        return sd.sample(jax.random.key(0), denoiser, (4, 2), sigmas=sigmas, solver=solver)
+        return sd.sample(
+            jax.random.key(0), denoiser, (4, 2), sigmas=sigmas, solver=solver, record=record
+        )
+
+    def record(state, step):
+        return state.x, step.x0, step.nfe
 
     grids = [sd.karras_sigmas(n) for n in (3, 5)]
     alone = [draw(grid) for grid in grids]
@@ -78,3 +176,8 @@ def test_padding_changes_nothing(solver):
         assert_array_equal(other.info.gamma[steps:], 1.0)
         assert other.info.nfe == one.info.nfe
         assert other.info.finite.all()
+        # A skipped step repeats the last record, so that record[-1] is that of the last step.
+        for kept, expected in zip(other.record, one.record, strict=True):
+            assert_allclose(kept[:steps], expected, rtol=1e-12)
+            assert_array_equal(kept[steps:], np.broadcast_to(kept[steps - 1], kept[steps:].shape))
+        assert_array_equal(other.record[0][-1], other.x)

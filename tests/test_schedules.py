@@ -1,14 +1,63 @@
-"""Schedules with options, the grids in their times, and thresholding of what a denoiser returns."""
+"""Schedules: their papers' formulas, inverses, and every digit of float32."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import mixture, normal, run
 from numpy.testing import assert_allclose, assert_array_equal
 
 import steindiff_jax as sd
-from steindiff_jax.denoisers import rows
+
+BETAS = np.linspace(1e-4, 0.02, 1000)
+TABLE = np.cumprod(1 - BETAS)
+
+
+def linear(t):
+    alpha = np.exp(-(0.1 * t + 19.9 * t**2 / 2) / 2)
+    return alpha, np.sqrt(1 - alpha**2)
+
+
+def cosine(t):
+    alpha = np.cos((t + 0.008) / 1.008 * np.pi / 2) / np.cos(0.008 / 1.008 * np.pi / 2)
+    return alpha, np.sqrt(1 - alpha**2)
+
+
+def discrete(t):
+    ratio = np.exp(np.interp(t, np.arange(1000), np.log((1 - TABLE) / TABLE) / 2))
+    return 1 / np.sqrt(1 + ratio**2), ratio / np.sqrt(1 + ratio**2)
+
+
+# Each schedule, alpha(t) and sigma(t) as its paper writes them, and times within its domain.
+PUBLISHED = {
+    "EDM": (sd.EDM(), lambda t: (np.ones_like(t), t), np.geomspace(1e-3, 80, 9)),
+    "VPLinear": (sd.VPLinear(), linear, np.linspace(0.02, 1, 9)),
+    "VPCosine": (sd.VPCosine(), cosine, np.linspace(0.02, 0.99, 9)),
+    "RectifiedFlow": (sd.RectifiedFlow(), lambda t: (1 - t, t), np.linspace(0.02, 0.99, 9)),
+    "Discrete": (sd.Discrete(BETAS), discrete, np.array([0.0, 1, 1.5, 7, 99.25, 500, 998, 999])),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_schedule_is_its_paper_s(name):
+    schedule, formula, t = PUBLISHED[name]
+    alpha, sigma = formula(t)
+    assert_allclose(schedule.alpha(jnp.asarray(t)), alpha, rtol=1e-10)
+    assert_allclose(schedule.sigma(jnp.asarray(t)), sigma, rtol=1e-10)
+    ratio = jnp.asarray(sigma / alpha)
+    assert_allclose(schedule.time(ratio), t, rtol=1e-9, atol=1e-12)
+    for found, expected in zip(schedule.at(ratio), (t, alpha, sigma), strict=True):
+        assert_allclose(found, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_discrete_table_and_clamping():
+    schedule = sd.Discrete(BETAS)
+    n = jnp.arange(1000.0)
+    assert_allclose(schedule.alpha(n) ** 2, TABLE, rtol=1e-12)
+    assert_allclose(schedule.sigma(n) ** 2, 1 - TABLE, rtol=1e-12)
+    assert_array_equal(schedule.time(jnp.array([1e-9, 1e9])), [0, 999])
+
+
+# --- With options -------------------------------------------------------------------------------
 
 # Each schedule and times within its domain, away from kinks.
 SCHEDULES = {
@@ -33,12 +82,18 @@ def test_time_is_the_inverse_of_the_ratio(name):
     def ratio(t):
         return schedule.sigma(t) / schedule.alpha(t)
 
-    for t in jnp.asarray(times):
+    @jax.jit
+    @jax.vmap
+    def there_and_back(t):
         value, slope = jax.value_and_grad(ratio)(t)
         back, inverse = jax.value_and_grad(schedule.time)(value)
-        assert_allclose(back, t, rtol=1e-9)
-        assert_allclose(inverse * slope, 1.0, rtol=1e-6)
-        assert_allclose(schedule.at(value), (t, schedule.alpha(t), schedule.sigma(t)), rtol=1e-9)
+        parts = jnp.stack([t, schedule.alpha(t), schedule.sigma(t)])
+        return back, inverse * slope, jnp.stack(schedule.at(value)), parts
+
+    back, product, at, parts = there_and_back(jnp.asarray(times))
+    assert_allclose(back, times, rtol=1e-9)
+    assert_allclose(product, 1.0, rtol=1e-6)
+    assert_allclose(at, parts, rtol=1e-9)
 
 
 # Time, alpha and sigma of a ratio, written in another way, for float64.
@@ -86,7 +141,7 @@ def test_float32_extremes_of_the_ratio(name):
     time, parts = EXACT[name]
 
     def pair(function, ratios):
-        return jax.jvp(lambda r: jnp.stack(function(r)), (ratios,), (ratios,))
+        return jax.jit(lambda r: jax.jvp(lambda r: jnp.stack(function(r)), (r,), (r,)))(ratios)
 
     ratios = np.append(np.geomspace(1e-6, 1e6, 25), [1.0, 1e-12, 1e12]).astype(np.float32)
     found = pair(SCHEDULES[name][0].at, jnp.asarray(ratios))
@@ -110,11 +165,12 @@ def test_float32_extremes_of_the_time(name):
     near = np.geomspace(1e-6, 0.3, 12)
     times = jnp.asarray([*near, *(1 - near)], jnp.float32)
 
+    @jax.jit
     def pair(t):
-        both = jax.jvp(
-            lambda t: jnp.stack([schedule.alpha(t), schedule.sigma(t)]), (t,), (jnp.ones_like(t),)
-        )
-        return [np.asarray(part) for part in both]
+        def both(t):
+            return jnp.stack([schedule.alpha(t), schedule.sigma(t)])
+
+        return jax.jvp(both, (t,), (jnp.ones_like(t),))
 
     (values, slopes), (exact, exact_slopes) = pair(times), pair(times.astype(float))
     assert values.dtype == slopes.dtype == np.float32
@@ -185,157 +241,35 @@ def test_zero_terminal_snr(make, dtype):
     assert (np.asarray(rescaled.betas) < 1).all()
 
 
-# Grids
+# --- The ends of a schedule, and grids beyond them ------------------------------------------------
 
 
-def test_exponential_is_log_snr():
-    assert sd.exponential_sigmas is sd.log_snr_sigmas
+def test_ends_of_a_schedule():
+    """The ratios at its first and last time, as its paper gives them."""
+    assert_allclose(sd.VPLinear().sigma_max, np.sqrt(np.exp(0.1 + 19.9 / 2) - 1), rtol=1e-12)
+    table = sd.Discrete(BETAS)
+    ratios = np.sqrt((1 - TABLE) / TABLE)
+    assert_allclose(table.sigma_min, ratios[0], rtol=1e-12)
+    assert_allclose(table.sigma_max, ratios[-1], rtol=1e-12)
 
 
-@pytest.mark.parametrize("power", [1.0, 2.0])
-def test_time_grid(power):
-    """Uniform, or quadratic, in t: equal differences of t^(1 / power)."""
-    for schedule in (sd.VPLinear(), sd.VPCosine(), sd.RectifiedFlow()):
-        grid = np.asarray(sd.time_sigmas(7, schedule, t_min=0.05, t_max=0.9, power=power))
-        t = np.asarray(schedule.time(jnp.asarray(grid[:-1])))
-        assert grid[-1] == 0.0
-        assert_allclose(t ** (1 / power), np.linspace(0.9 ** (1 / power), 0.05 ** (1 / power), 7))
+@pytest.mark.parametrize("schedule", [sd.VPLinear(), sd.Discrete(BETAS)], ids=type)
+def test_a_grid_far_above_the_schedule_warns(schedule):
+    """Through guidance and thresholds too; a schedule without an end takes any grid."""
 
+    def apply(parameters, x, t):
+        del t
+        return parameters * x
 
-def test_cosine_grid():
-    """Tan of uniform angles, which is uniform in the time of the cosine schedule without shift."""
-    grid = sd.cosine_sigmas(9, 0.01, 50.0)
-    assert_allclose(np.diff(np.arctan(grid[:-1])), np.arctan([0.01, 50.0]) @ [1, -1] / 8, rtol=1e-9)
-    ends = 2 / np.pi * np.arctan([0.01, 50.0])
-    assert_allclose(grid, sd.time_sigmas(9, sd.VPCosine(0.0), *ends), rtol=1e-9)
+    network = sd.Network(apply, 0.5, schedule, "x0")
+    last = float(schedule.sigma_max)
 
+    def draw(denoiser, sigma_max):
+        grid = sd.karras_sigmas(2, sigma_max=sigma_max)
+        return sd.sample(jax.random.key(0), denoiser, (2, 2), sigmas=grid, solver=sd.DDIM())
 
-def test_flow_grid():
-    """T from t_max to 0, shifted as the schedule shifts it."""
-    t = np.linspace(0.9, 0.0, 6)
-    assert_allclose(sd.flow_sigmas(5, t_max=0.9), t / (1 - t), rtol=1e-12)
-    shifted = sd.RectifiedFlow(3.0)
-    ratio = shifted.sigma(jnp.asarray(t)) / shifted.alpha(jnp.asarray(t))
-    assert_allclose(sd.flow_sigmas(5, shift=3.0, t_max=0.9), ratio, rtol=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("spacing", "steps", "timesteps"),
-    [
-        # arXiv:2305.08891, table 2, counted from 0
-        ("leading", 10, [900, 800, 700, 600, 500, 400, 300, 200, 100, 0]),
-        ("linspace", 10, [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]),
-        ("trailing", 10, [999, 899, 799, 699, 599, 499, 399, 299, 199, 99]),
-        ("leading", 3, [666, 333, 0]),
-        ("trailing", 3, [999, 666, 332]),
-        ("trailing", 1, [999]),
-    ],
-)
-def test_ddpm_grid(spacing, steps, timesteps):
-    schedule = sd.Discrete.scaled_linear()
-    grid = sd.ddpm_sigmas(steps, schedule, spacing)
-    cumulative = np.cumprod(1 - np.asarray(schedule.betas))[timesteps]
-    assert_allclose(grid, [*np.sqrt((1 - cumulative) / cumulative), 0.0], rtol=1e-9)
-    assert_allclose(schedule.time(grid[:-1]), timesteps, rtol=1e-9, atol=1e-9)
-
-
-@pytest.mark.parametrize(
-    ("call", "message"),
-    [
-        (lambda: sd.cosine_sigmas(0), "steps must be at least 1, got 0"),
-        (lambda: sd.time_sigmas(0, sd.EDM()), "steps must be at least 1, got 0"),
-        (lambda: sd.flow_sigmas(0), "steps must be at least 1, got 0"),
-        (lambda: sd.ddpm_sigmas(0, sd.Discrete.linear()), "between 1 and 1000, got 0"),
-        (lambda: sd.ddpm_sigmas(1001, sd.Discrete.linear()), "between 1 and 1000, got 1001"),
-        (
-            lambda: sd.ddpm_sigmas(5, sd.Discrete.linear(), "even"),
-            "spacing must be one of .*'even'",
-        ),
-    ],
-)
-def test_wrong_grids(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
-
-
-@pytest.mark.parametrize(
-    "grid",
-    [
-        sd.cosine_sigmas(5),
-        sd.time_sigmas(5, sd.VPLinear(), power=2.0),
-        sd.flow_sigmas(5, shift=3.0),
-        sd.ddpm_sigmas(5, sd.Discrete.linear().zero_terminal_snr()),
-        np.array([40.0, 9.0, 3.0, 0.5, 0.1, 0.0]),
-        jnp.array([40.0, 9.0, 3.0, 0.5, 0.1, 0.01]),
-    ],
-)
-def test_every_grid_samples(grid):
-    """Decreasing, accepted and finite to the end, in a solver that takes logarithms."""
-    solution = sd.sample(jax.random.key(0), mixture(), (16, 2), sigmas=grid, solver=sd.UniPC(3))
-    assert solution.info.finite.all()
-    assert solution.info.nfe == 5
-
-
-def test_a_flow_from_its_end_is_refused():
-    with pytest.raises(ValueError, match="start a flow at t < 1"):
-        sd.sample(
-            jax.random.key(0),
-            mixture(),
-            (4, 2),
-            sigmas=sd.time_sigmas(5, sd.RectifiedFlow(), t_max=1.0),
-        )
-
-
-# Thresholding
-
-
-def spread(x, sigma):
-    """A denoiser whose samples have entries up to 2, 4, 6, ... in modulus."""
-    del sigma
-    scale = 2 * jnp.arange(1, x.shape[0] + 1, dtype=x.dtype)[:, None, None]
-    return scale * jnp.tanh(x)
-
-
-def test_static_threshold():
-    x = normal(3, 4, 5)
-    assert_array_equal(
-        sd.StaticThreshold(spread, 1.5)(x, jnp.asarray(1.0)), np.clip(spread(x, 1.0), -1.5, 1.5)
-    )
-
-
-def test_dynamic_threshold():
-    """Section 2.3 of arXiv:2205.11487, each sample by itself, over all axes of the event."""
-    x = normal(3, 4, 5)
-    found = sd.DynamicThreshold(spread, 0.8, 3.0)(x, jnp.asarray(1.0))
-    x0 = np.asarray(spread(x, 1.0))
-    for row, expected in zip(found, x0, strict=True):
-        s = max(np.quantile(np.abs(expected), 0.8), 3.0)
-        assert_allclose(row, np.clip(expected, -s, s) * 3.0 / s, rtol=1e-12)
-    assert_array_equal(found[0], x0[0])  # all within the limit: left alone
-
-
-@pytest.mark.parametrize("wrap", [sd.StaticThreshold, sd.DynamicThreshold])
-def test_thresholds_are_denoisers(wrap):
-    """Pytrees with the limit as a leaf, inside `sample`, and for some of the samples only."""
-
-    class Labelled:
-        def __init__(self, labels):
-            self.labels = labels
-
-        def __call__(self, x, sigma):
-            del sigma
-            return x + self.labels[:, None]
-
-        def rows(self, take):
-            return Labelled(take(self.labels))
-
-    labels = jnp.array([0.5, -3.0, 8.0, 1.0])
-    x, sigma = normal(4, 2), jnp.asarray(1.0)
-    wrapped = wrap(Labelled(labels))
-    some = rows(wrapped, lambda a: a[1::2])
-    assert_array_equal(some(x[1::2], sigma), wrapped(x, sigma)[1::2])
-    solution = run(wrap(mixture(), limit=0.1), sd.karras_sigmas(4), sd.DPMpp2M(), 80 * x)
-    assert np.abs(solution.x).max() <= 0.1
-    slope = jax.grad(lambda limit: wrap(mixture(), limit=limit)(x, sigma).sum())(0.1)
-    assert np.isfinite(slope)
-    assert slope != 0
+    for denoiser in (network, sd.guided(network, network, 2.0), sd.StaticThreshold(network)):
+        with pytest.warns(UserWarning, match="pass sigma_max=schedule.sigma_max"):
+            draw(denoiser, 1.2 * last)
+        draw(denoiser, 1.05 * last)  # a warning would be an error
+    draw(sd.Network(apply, 0.5, sd.EDM(), "x0"), 1e4)

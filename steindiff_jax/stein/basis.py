@@ -61,11 +61,15 @@ def default_basis(shape: tuple[int, ...]) -> Basis:
 
     Events of one axis have no frequencies: `Whole`. A symbolic batch counts as one sample.
     """
-    batch, *event = (size if isinstance(size, int) else 1 for size in shape)
+    return _default(*(size if isinstance(size, int) else 1 for size in shape))
+
+
+@lru_cache
+def _default(batch: int, *event: int) -> Basis:
     if len(event) > 1 and min(event) > 0:
         for bands, colour in [*((n, True) for n in range(8, 0, -1)), (2, False)]:
             basis = Cosine(bands, colour)
-            sizes = basis.sizes(tuple(event))
+            sizes = basis.sizes(event)
             if len(sizes) > 1 and batch * sizes.min() >= ENOUGH:
                 return basis
     return Whole()

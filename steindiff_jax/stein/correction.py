@@ -124,9 +124,10 @@ class Stein(Wrapper):
             step_trace=lambda: _step_trace(next_x, state.x, x0, local, basis, jacobian),
         )
         moments = self.rule.moments(local)
+        sizes = local.sizes
         if self.statistics == "batch":
-            moments = batch_mean(moments, self.axis_name)
-        coefficients = self.rule.coefficients(moments, local.sizes, sigma, sigma_next)
+            moments, sizes = batch_mean(moments, self.axis_name), sizes[0]
+        coefficients = self.rule.coefficients(moments, sizes, sigma, sigma_next)
         step = step._replace(nfe=step.nfe + nfe)
         return self._corrected(step, local, coefficients), memory
 
@@ -168,7 +169,7 @@ class Stein(Wrapper):
             previous=previous,
             sigma=sigma,
             sigma_next=sigma_next,
-            sizes=jnp.asarray(basis.sizes(x.shape[1:]), at_least_float32(x).dtype),
+            sizes=jnp.asarray(basis.sizes(x.shape[1:])[None], at_least_float32(x).dtype),
             inner=basis.inner,
             centred=differences if self.statistics == "batch" else lambda a: a,
             trace=lambda: None,
@@ -203,18 +204,17 @@ class Fixed(Wrapper):
         return self.inner.replay(self.coefficients, key, denoiser, state, sigma, sigma_next, x0=x0)
 
 
-def differences(a: Batch) -> Batch:
+def differences(a: Batch) -> Array:
     """(a_1 - a_2) / sqrt(2), (a_3 - a_4) / sqrt(2), ...: the batch's covariance without its mean.
 
     Neighbours lie on one device, so that nothing is communicated, as it would be for the mean of
     the whole batch. A batch of one sample is returned as it is, with its mean.
     """
     size = a.shape[0]
-    if not isinstance(size, int):  # symbolic, of jax.export
-        return (a - jnp.roll(a, 1, axis=0)) * 0.5**0.5
-    if size < 2:
+    if isinstance(size, int) and size < 2:  # or symbolic, of jax.export
         return a
-    pairs = (a[:-1] if size % 2 else a).reshape(size // 2, 2, *a.shape[1:])
+    half = size // 2
+    pairs = a[: 2 * half].reshape(half, 2, *a.shape[1:])
     return (pairs[:, 0] - pairs[:, 1]) * 0.5**0.5
 
 

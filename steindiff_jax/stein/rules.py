@@ -102,6 +102,9 @@ class PosteriorLength(Rule):
         confirmed = mean_weight(before.sigma, local.sigma) * (local.x0 - before.x0)
         surprise, confirmed = local.centred(before.delta - confirmed), local.centred(confirmed)
         delta, inner = local.centred(local.delta), local.inner
+        trace = local.trace()
+        if trace is not None and trace.shape[0] != noise.shape[0]:  # those are of pairs
+            trace = trace[: 2 * noise.shape[0]].reshape(-1, 2, trace.shape[1]).mean(axis=1)
         return LengthMoments(
             signal=inner(x0, x0),
             noise=inner(noise, noise),
@@ -109,7 +112,7 @@ class PosteriorLength(Rule):
             delta=inner(delta, delta),
             surprise=inner(surprise, surprise),
             confirmed=inner(confirmed, confirmed),
-            trace=local.trace(),
+            trace=trace,
         )
 
     def coefficients(
