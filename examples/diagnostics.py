@@ -1,8 +1,8 @@
-"""See the contractivity trap, drift and calibration of the digits network; writes diagnostics.png.
+"""Calibration of the digits network, and drift and contractivity of two samplers.
 
-The Stein discrepancy in its two uses, on noised scans (is the network calibrated?) and along a
-sampler (does it stay on the law?), the contractivity profile, and a report of one run. About a
-minute on two cores.
+Uses the Stein discrepancy twice: on noised scans (is the network calibrated?) and along a sampler
+(do its states hold the noise that their sigma says?). Then prints a contractivity profile and the
+report of a run, and writes diagnostics.png. About a minute on two cores.
 """
 
 from pathlib import Path
@@ -19,13 +19,13 @@ from steindiff_jax import diagnostics
 PICTURE = Path(__file__).with_suffix(".png")
 KEY = jax.random.key(0)
 N, GRID = 100, sd.karras_sigmas(6)
-SOLVERS = {"DPM++3M": sd.DPMpp3M(), "Stein-corrected": sd.Stein(sd.DPMpp3M())}
+SOLVERS = {"DPM++ 3M": sd.DPMpp3M(), "corrected": sd.Stein(sd.DPMpp3M())}
 contractivity = jax.jit(diagnostics.contractivity, static_argnames="iterations")
 stein_discrepancy = jax.jit(diagnostics.stein_discrepancy)
 
 
 def calibration(axis):
-    """First use: noised data. The ratio is 1 where the network is what it was trained to be."""
+    """First use, on noised data: the ratio is 1 where the network is a posterior mean."""
     x, label = digits.images()
     pick = jax.random.choice(KEY, len(x), (N,), replace=False)
     sigmas = jnp.geomspace(0.02, 20, 10)
@@ -40,7 +40,7 @@ def calibration(axis):
 
 
 def drift(name, solver, denoiser, axis):
-    """Second use: a sampler's own states. Above 1 they hold more noise than their sigma says."""
+    """Second use, on a sampler's states: above 1 they hold more noise than their sigma says."""
     solution = sd.sample(
         KEY, denoiser, (N, 8, 8, 1), sigmas=GRID, solver=solver, record=diagnostics.keep
     )
@@ -66,8 +66,8 @@ def main():
     for (name, solver), axis in zip(SOLVERS.items(), axes[0, 1:], strict=True):
         profile = contractivity(KEY, denoiser, x_init, GRID, solver, iterations=10)
         profile.plot(axis).set_title(f"contractivity, {name}")
-        print(f"\n{name}: share of samples that exceed the certificate", profile.violations)
-        print("share that it does not show to contract", profile.expanding)
+        print(f"\n{name}: share of samples whose step exceeds the certificate", profile.violations)
+        print("share of samples that the certificate does not show to contract", profile.expanding)
         print("worst residual of the power iterations", np.max(profile.residual, axis=1).round(2))
     figure.savefig(PICTURE, dpi=110)
     print(f"wrote {PICTURE.name}")

@@ -1,10 +1,9 @@
-"""Guidance scales from 1 to 7 in five steps, plain and corrected, beside a fine solve of the same.
+"""Guidance scales from 1 to 7 in five steps, plain and corrected, beside a fine solve.
 
-The scale is data of the compiled program, like the weights: each solver is compiled once, for the
-first scale, and runs all of them. Writes guidance_sweep.png, one digit of each class in every cell,
-and prints the distance to the fine solve of the same scale from the same noise: of the law
-(sliced-W2 relative to its standard deviation) and of each sample (RMSE). Half a minute on two
-cores.
+The scale is data of the compiled program, like the weights: each solver compiles once, for the
+first scale, and then runs all of them. Writes guidance_sweep.png with one digit of each class in
+every cell. Prints two distances to the fine solve of the same scale and noise: of the distribution
+(sliced-W2 divided by its standard deviation) and of the samples (RMSE). Half a minute on two cores.
 """
 
 import time
@@ -23,8 +22,8 @@ SCALES = (1.0, 2.0, 3.0, 5.0, 7.0)
 SAMPLES = 100
 PICTURE = Path(__file__).with_suffix(".png")
 SOLVERS = {
-    "plain": (sd.DPMpp3M(), 5),
-    "corrected": (sd.Stein(sd.DPMpp3M()), 5),
+    "plain": (sd.IPNDM(3), 5),
+    "corrected": (sd.Stein(sd.IPNDM(3)), 5),
     "fine solve": (sd.DPMpp2M(), 64),
 }
 
@@ -63,10 +62,10 @@ def main():
     distances = []
     for row, scale, *runs in zip(axes, SCALES, *samples.values(), strict=True):
         fine = runs[-1]
-        law = [distance(x, fine) for x in runs[:2]]
+        w2 = [distance(x, fine) for x in runs[:2]]
         rmse = [np.sqrt(np.mean((x - fine) ** 2)) for x in runs[:2]]
-        distances.append((law, rmse))
-        print(f"{scale:5g}{law[0]:19.3f}{law[1]:11.3f}{rmse[0]:15.3f}{rmse[1]:11.3f}")
+        distances.append((w2, rmse))
+        print(f"{scale:5g}{w2[0]:19.3f}{w2[1]:11.3f}{rmse[0]:15.3f}{rmse[1]:11.3f}")
         for axis, x in zip(row, runs, strict=True):
             axis.imshow(strip(x), cmap="gray", vmin=-0.5, vmax=1.0, interpolation="nearest")
             axis.set(xticks=[], yticks=[])

@@ -4,8 +4,8 @@
     python examples/multihost.py samples --cluster                # TPU slice, Slurm, Open MPI ...
     python examples/multihost.py samples --coordinator 10.0.0.1:1234 --processes 2 --process 0
 
-The first process shows a progress bar. Started again after it was stopped, the run goes on where it
-was. The directory may be shared by the hosts or on each one's own disk; all of it, in order, is
+The first process shows a progress bar. A run that was stopped continues when it is started again.
+The hosts may share the directory, or each may have its own on its own disk. To read it in order:
 np.concatenate([np.load(f) for f in sorted(Path("samples").glob("*.npy"))]).
 """
 
@@ -68,7 +68,6 @@ def main():
         args.batch,
         (8, 8, 1),
         sigmas=sd.karras_sigmas(args.steps),
-        solver=sd.Stein(sd.DPMpp3M()),
         directory=args.directory,
         sharding=NamedSharding(mesh, P("data")),
         progress=partial(tqdm, unit="batch", disable=jax.process_index() > 0),

@@ -1,8 +1,8 @@
-"""Five-step samples of a digits network, plain and Stein-corrected, beside a 200-step reference.
+"""Five-step samples of a digits network: two plain solvers, the default, and a fine solve.
 
-Writes quickstart.png and prints a table: distance of the law (sliced-W2, relative to the
-reference's standard deviation) and of each sample (RMSE) to the reference from the same noise.
-Under a minute on two cores.
+Writes quickstart.png and prints a table with two distances to the 200-step solve from the same
+noise: of the distribution (sliced-W2 divided by its standard deviation) and of the samples (RMSE).
+The picture shows the plain solver that has the smaller RMSE. Under a minute on two cores.
 """
 
 import time
@@ -27,8 +27,9 @@ denoisers = {
     f"guidance {SCALE:g}": sd.guided(conditional, unconditional, SCALE),
 }
 solvers = {
-    "DPM-Solver++(3M)": (sd.DPMpp3M(), STEPS),
-    "Stein-corrected": (sd.Stein(sd.DPMpp3M()), STEPS),
+    "2M": (sd.DPMpp2M(), STEPS),
+    "iPNDM-3": (sd.IPNDM(3), STEPS),
+    "default": (sd.Stein(sd.IPNDM(3)), STEPS),
     "reference": (sd.DPMpp2M(), 200),
 }
 
@@ -44,27 +45,33 @@ def sample(denoiser, solver, steps):
     return solution, "" if steps > STEPS else f"{1e3 * seconds / 100:.2f}"
 
 
+def draw(axis, x, title):
+    tiles = np.pad(x.reshape(10, 10, 8, 8), [(0, 0), (0, 0), (1, 1), (1, 1)], "minimum")
+    axis.imshow(tiles.swapaxes(1, 2).reshape(100, 100), cmap="gray", vmin=-0.5, vmax=1.0)
+    axis.set_title(title, size=9)
+    axis.axis("off")
+
+
 def main():
     figure, axes = plt.subplots(2, 3, figsize=(9, 6.4), layout="constrained")
-    print(f"{'':31}sliced-W2   RMSE  evaluations  ms/sample  gamma per step")
+    print(f"{'':23}sliced-W2   RMSE  evaluations  ms/sample")
     for row, (setting, denoiser) in zip(axes, denoisers.items(), strict=True):
-        solutions = {name: sample(denoiser, *how) for name, how in solvers.items()}
-        truth = np.asarray(solutions["reference"][0].x).reshape(100, -1)
-        for axis, (name, (solution, milliseconds)) in zip(row, solutions.items(), strict=True):
-            x = np.asarray(solution.x).reshape(100, -1)
-            distance = ot.sliced_wasserstein_distance(x, truth, n_projections=128, seed=0)
-            distance /= np.sqrt(truth.var(axis=0).mean())
-            rmse = np.sqrt(np.mean((x - truth) ** 2))
+        runs = {name: sample(denoiser, *how) for name, how in solvers.items()}
+        samples = {name: np.asarray(run[0].x).reshape(100, -1) for name, run in runs.items()}
+        truth, errors = samples["reference"], {}
+        for name, (solution, milliseconds) in runs.items():
+            w2 = ot.sliced_wasserstein_distance(samples[name], truth, n_projections=128, seed=0)
+            w2 /= np.sqrt(truth.var(axis=0).mean())
+            errors[name] = np.sqrt(np.mean((samples[name] - truth) ** 2))
             nfe = int(solution.info.nfe)
-            gamma = " ".join(f"{g:.2f}" for g in solution.info.gamma[:STEPS])
             print(
-                f"{setting:12} {name:18}{distance:9.3f} {rmse:6.3f} {nfe:12} {milliseconds:>10}"
-                f"  {gamma if nfe == STEPS else ''}"
+                f"{setting:12} {name:10}{w2:9.3f} {errors[name]:6.3f} {nfe:12} {milliseconds:>10}"
             )
-            tiles = np.pad(x.reshape(10, 10, 8, 8), [(0, 0), (0, 0), (1, 1), (1, 1)], "minimum")
-            axis.imshow(tiles.swapaxes(1, 2).reshape(100, 100), cmap="gray", vmin=-0.5, vmax=1.0)
-            axis.set_title(f"{name}, {setting}\n{nfe} evaluations, distance {distance:.2f}", size=9)
-            axis.axis("off")
+        plain = min(("2M", "iPNDM-3"), key=errors.get)
+        for axis, name in zip(row, (plain, "default", "reference"), strict=True):
+            steps, error = solvers[name][1], errors[name]
+            title = f"{name}, {setting}\n{steps} evaluations, RMSE {error:.3f}"
+            draw(axis, samples[name], title)
     figure.savefig(PICTURE, dpi=110)
     print(f"wrote {PICTURE.name}")
 
