@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+import _path  # noqa: F401
 import digits
 import metrics
 import steindiff_jax as sd

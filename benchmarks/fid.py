@@ -26,6 +26,7 @@ import numpy as np
 from sklearn.neural_network import MLPClassifier
 from tqdm import tqdm
 
+import _path  # noqa: F401
 import digits
 import metrics
 import steindiff_jax as sd

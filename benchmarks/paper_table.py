@@ -21,20 +21,26 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+import _path  # noqa: F401
 import digits
 import fid
 import metrics
-import quality
 import steindiff_jax as sd
+import sweep
 
 EVALUATIONS = (5, 6, 8, 10, 20)
 GRIDS = {"EDM": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
-SOLVERS = {name: quality.SOLVERS[name] for name in ("2M", "3M", "UniPC-3", "Heun", "iPNDM-3")}
+SOLVERS = {name: sweep.SOLVERS[name] for name in ("2M", "3M", "UniPC-3", "Heun", "iPNDM-3")}
 CORRECTIONS = {
     "plain": lambda solver: solver,
     "default": sd.Stein,
-    "paper": lambda solver: sd.Stein(solver, sd.CleanTarget(), sd.Hutchinson(fraction=1 / 8)),
+    "paper": lambda solver: sd.Stein(solver, sd.CleanTarget(), sd.Hutchinson(), sd.Whole()),
 }
+
+
+def steps_of(solver: str, evaluations: int) -> int:
+    """As many as the evaluations allow; Heun takes two a step, and one in the last to 0."""
+    return (evaluations + 1) // 2 if solver == "Heun" else evaluations
 
 
 def checkpoint(options: argparse.Namespace) -> tuple[sd.Denoiser, tuple[int, ...], dict]:
@@ -93,7 +99,7 @@ def main() -> None:
     for s, g, evaluations, c in tqdm(list(names)):
         if (cell := (s, g, str(evaluations), c)) in done:
             continue
-        k, most = (quality.steps_of(s, n) for n in (evaluations, max(options.evaluations)))
+        k, most = (steps_of(s, n) for n in (evaluations, max(options.evaluations)))
         samples = sd.sample_many(
             jax.random.key(0),
             denoiser,

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
+import _path  # noqa: F401
 import digits
 import metrics
 import problems

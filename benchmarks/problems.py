@@ -1,22 +1,31 @@
-"""Problems with an exact denoiser: Gaussian mixtures, synthetic and fitted to real data.
+"""Problems with an exact denoiser, synthetic and fitted to real data, and two trained networks.
 
-Component k is N(mu_k, floor I + U_k diag(spread_k) U_k^T), so that the posterior of x0 given
-x = x0 + sigma * noise is a mixture in closed form, and with it the denoiser and the trace of
-its Jacobian. Data are scaled to standard deviation 0.5, as EDM does, where they are real.
+Most are Gaussian mixtures: component k is N(mu_k, floor I + U_k diag(spread_k) U_k^T), so that the
+posterior of x0 given x = x0 + sigma * noise is a mixture in closed form, and with it the denoiser.
+Data are scaled to standard deviation 0.5, as EDM does, where they are real. Rules are developed on
+`TUNE` and reported on `REPORT`.
 """
 
-import sys
+import hashlib
+import io
+import os
+import warnings
+from collections.abc import Callable
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import _path  # noqa: F401
 import steindiff_jax as sd
 
-sys.path.append(str(Path(__file__).parents[1] / "examples"))  # the digits network
+HERE = Path(__file__).parent
+DATA = HERE.parents[1] / "shared" / "data"
 
 
 @sd.pytree
@@ -25,7 +34,7 @@ class Mixture:
 
     means: (components, d); axes: (components, d, rank) orthonormal columns; spread: (components,
     rank) variance along them, on top of floor, the variance () in every direction; log_weights:
-    (components,).
+    (components,); event: shape of a sample, () for (d,).
     """
 
     means: Array
@@ -33,9 +42,11 @@ class Mixture:
     spread: Array
     floor: Array
     log_weights: Array
+    event: tuple[int, ...] = sd.static(default=())
 
     def posterior(self, x: Array, sigma: Array) -> tuple[Array, Array]:
-        """E[x0 | x] (batch, d) and tr Cov[x0 | x] (batch,)."""
+        """E[x0 | x], of the shape of x, and tr Cov[x0 | x] (batch,)."""
+        shape, x = x.shape, x.reshape(len(x), -1)
         d, rank = self.means.shape[1], self.spread.shape[1]
         floor = self.floor + sigma**2
         total = floor + self.spread
@@ -55,13 +66,13 @@ class Mixture:
         squares = across / floor**2 + (along**2 / total[None] ** 2).sum(2)
         between = (weights * squares).sum(1) - (residual**2).sum(1)
         variance = sigma**2 * weights @ within + sigma**4 * between
-        return x - sigma**2 * residual, variance
+        return (x - sigma**2 * residual).reshape(shape), variance
 
     def __call__(self, x: Array, sigma: Array) -> Array:
         return self.posterior(x, sigma)[0]
 
     def draw(self, seed: int, n: int) -> np.ndarray:
-        """(n, d) samples of the data."""
+        """(n, *event) samples of the data."""
         rng = np.random.default_rng(seed)
         k = rng.choice(len(self.means), n, p=np.exp(self.log_weights))
         x = np.asarray(self.means)[k] + np.sqrt(self.floor) * rng.standard_normal(
@@ -71,34 +82,57 @@ class Mixture:
             here = k == c
             along = np.sqrt(self.spread[c]) * rng.standard_normal((here.sum(), len(self.spread[c])))
             x[here] += along @ np.asarray(self.axes[c]).T
-        return x
+        return x.reshape(n, *self.event) if self.event else x
 
 
 @sd.pytree
-class Analytic:
-    """Divergence estimator for a `Mixture`: tr J = tr Cov[x0 | x] / sigma^2 in closed form."""
+class Waves:
+    """Independent Gaussian coefficients of fixed waves and colours, and the exact denoiser.
 
-    def __call__(self, keys, denoiser, x, sigma):
-        del keys
-        x0, variance = denoiser.posterior(x, sigma)
-        d = x.shape[1]
-        trace = variance / sigma**2
-        v = jnp.ones_like(x)
-        jv = (trace / d)[:, None] * v
-        norm = trace**2 / d
-        return x0, sd.Jacobian(v[None], jv[None], trace, d - trace, norm, trace, norm, False)
+    mean: () of all entries; variances: event; waves: for each axis an orthonormal matrix
+    (coefficient, place). Nothing of size (d, d) is made.
+    """
+
+    mean: Array
+    variances: Array
+    waves: tuple[Array, ...]
+
+    @property
+    def event(self) -> tuple[int, ...]:
+        return self.variances.shape
+
+    def __call__(self, x: Array, sigma: Array) -> Array:
+        shrunk = self.variances / (self.variances + sigma**2)
+        return self.mean + self._images(shrunk[None] * self._coefficients(x - self.mean))
+
+    def draw(self, seed: int, n: int) -> np.ndarray:
+        """(n, *event) samples of the data."""
+        rng = np.random.default_rng(seed)
+        c = np.sqrt(self.variances)[None] * rng.standard_normal((n, *self.event))
+        return np.asarray(self.mean + self._images(c, np))
+
+    def _coefficients(self, x: Any, numpy: Any = jnp) -> Any:
+        for axis, wave in enumerate(self.waves, start=1):
+            x = numpy.moveaxis(numpy.tensordot(x, wave, axes=(axis, 1)), -1, axis)
+        return x
+
+    def _images(self, c: Any, numpy: Any = jnp) -> Any:
+        for axis, wave in enumerate(self.waves, start=1):
+            c = numpy.moveaxis(numpy.tensordot(c, wave, axes=(axis, 0)), -1, axis)
+        return c
 
 
-def mixture(means, std, axes=None, spread=None, weights=None) -> Mixture:
+def mixture(means, std, axes=None, spread=None, weights=None, event=()) -> Mixture:
     """Components with a common isotropic std, and a larger spread along `axes` if given."""
-    means = jnp.asarray(means)
+    means = np.asarray(means, np.float64)
     k, d = means.shape
     return Mixture(
         means=means,
-        axes=jnp.zeros((k, d, 0), means.dtype) if axes is None else jnp.asarray(axes),
-        spread=jnp.zeros((k, 0), means.dtype) if spread is None else jnp.asarray(spread),
-        floor=jnp.asarray(std**2, means.dtype),
-        log_weights=jnp.log(jnp.full(k, 1 / k) if weights is None else jnp.asarray(weights)),
+        axes=np.zeros((k, d, 0)) if axes is None else np.asarray(axes),
+        spread=np.zeros((k, 0)) if spread is None else np.asarray(spread),
+        floor=np.asarray(std**2, np.float64),
+        log_weights=np.log(np.full(k, 1 / k) if weights is None else np.asarray(weights)),
+        event=event,
     )
 
 
@@ -125,24 +159,105 @@ def digits(std: float = 0.03) -> Mixture:
     return mixture(scaled(load_digits().data / 8 - 1), std)
 
 
-def patches(components: int = 12, size: int = 6) -> Mixture:
-    """A full-covariance mixture fitted to grey patches of scikit-learn's photographs, d = 36."""
+def patches(components: int = 12, size: int = 6, seed: int = 0) -> Mixture:
+    """Full covariances, fitted to grey patches of scikit-learn's photographs."""
     from sklearn.datasets import load_sample_images
     from sklearn.feature_extraction.image import extract_patches_2d
+
+    def data() -> np.ndarray:
+        grey = [image.mean(axis=2) for image in load_sample_images().images]
+        take = {"patch_size": (size, size), "max_patches": 5000, "random_state": seed}
+        return np.concatenate([extract_patches_2d(g, **take) for g in grey])[..., None]
+
+    return fitted(f"grey-{components}-{size}-{seed}", data, components)
+
+
+def colour_patches(components: int, size: int, first: int, seed: int = 0) -> Mixture:
+    """Full covariances, fitted to one patch of each of 10,000 CIFAR-10 images from `first` on."""
+    from PIL import Image
+
+    def data() -> np.ndarray:
+        rng = np.random.default_rng(seed)
+        with np.load(DATA / "cifar10_jpeg_train.npz") as file:
+            jpeg, offsets = file["jpeg"].tobytes(), file["offsets"][first : first + 10_001]
+        found = []
+        for a, b in pairwise(offsets):
+            image = np.asarray(Image.open(io.BytesIO(jpeg[a:b])).convert("RGB"))
+            i, j = rng.integers(0, 33 - size, 2)
+            found.append(image[i : i + size, j : j + size])
+        return np.stack(found)
+
+    return fitted(f"colour-{components}-{size}-{first}-{seed}", data, components)
+
+
+def fitted(name: str, data: Callable, components: int) -> Mixture:
+    """A mixture fitted to data (n, *event), bytes; kept for the next time."""
+    from sklearn.exceptions import ConvergenceWarning
     from sklearn.mixture import GaussianMixture
 
-    grey = [image.mean(axis=2) for image in load_sample_images().images]
-    data = np.concatenate(
-        [extract_patches_2d(g, (size, size), max_patches=8000, random_state=0) for g in grey]
-    ).reshape(-1, size * size)
-    fit = GaussianMixture(components, random_state=0, reg_covar=1e-4, max_iter=50)
-    fit.fit(scaled(data / 127.5 - 1))
-    variances, axes = np.linalg.eigh(fit.covariances_)
-    floor = variances.min()
-    return mixture(fit.means_, np.sqrt(floor), axes, variances - floor, fit.weights_)
+    def fit() -> dict[str, np.ndarray]:
+        x = scaled(data() / 127.5 - 1)
+        model = GaussianMixture(
+            components, random_state=0, reg_covar=1e-4, max_iter=10, init_params="k-means++"
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", ConvergenceWarning)  # a few iterations are enough
+            model.fit(x.reshape(len(x), -1))
+        variances, axes = np.linalg.eigh(model.covariances_)
+        return {
+            "means": model.means_,
+            "variances": variances,
+            "axes": axes,
+            "weights": model.weights_,
+            "event": np.array(x.shape[1:]),
+        }
+
+    f = kept(name, fit)
+    floor = f["variances"].min()
+    event = tuple(int(size) for size in f["event"])
+    spread = f["variances"] - floor
+    return mixture(f["means"], np.sqrt(floor), f["axes"], spread, f["weights"], event)
 
 
-PROTOTYPE = {"ring": ring, "clumps": clumps, "digits": digits, "patches": patches}
+def kept(name: str, make: Callable[[], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """What `make` gives, once and for all: in runs/, which git ignores."""
+    path = HERE / "runs" / f"{name}.npz"
+    if not path.exists():
+        path.parent.mkdir(exist_ok=True)
+        part = path.with_name(f"{os.getpid()}-{path.name}")
+        np.savez(part, **make())
+        part.replace(path)
+    with np.load(path) as file:
+        return dict(file)
+
+
+def power_law(
+    exponent: float,
+    side: int,
+    channels: int = 3,
+    angle: float = 0.4,
+    aspect: float = 3.0,
+    chroma: float = 0.08,
+) -> Waves:
+    """Images of spectrum (0.3 + |k|)^-exponent, with |k| an ellipse turned by `angle`.
+
+    So the variance varies with direction, and within an octave. The colours' axes are near those of
+    brightness and its differences, but not the same; chroma: the variance along the second over
+    that along the first, and of the third over that of the second twice as much.
+    """
+    k = np.arange(side)
+    along = k[:, None] * np.cos(angle) + k[None] * np.sin(angle)
+    across = k[None] * np.cos(angle) - k[:, None] * np.sin(angle)
+    variances = (0.3 + np.hypot(along * aspect**0.5, across / aspect**0.5)) ** -exponent
+    variances = variances[..., None] * np.cumprod([1.0, chroma, 2 * chroma][:channels])[None, None]
+    colours = np.linalg.qr([[0.55, 1.0, 0.2], [0.65, -0.3, -1.0], [0.52, -0.6, 0.9]])[0].T
+    wave = np.cos(np.pi * k[:, None] * (k[None] + 0.5) / side) * np.sqrt(2 / side)
+    wave[0] /= np.sqrt(2)
+    return Waves(
+        mean=np.asarray(0.1),
+        variances=0.25 * variances / variances.mean(),
+        waves=(wave, wave, colours if channels == 3 else np.eye(channels)),
+    )
 
 
 def grid(side: int = 5, d: int = 2, spacing: float = 0.35, std: float = 0.03) -> Mixture:
@@ -206,6 +321,10 @@ TUNE = {
     "anisotropic": lambda: low_rank(6, d=32, rank=16, anisotropy=30.0, distance=0.2, seed=1),
     "offset": lambda: low_rank(12, d=24, rank=3, width=0.2, offset=2.0, seed=2),
     "digits": digits,
+    "spectrum k^-2, 8x8x1": lambda: power_law(2.0, 8, channels=1),
+    "spectrum k^-2.5, 12x12x3": lambda: power_law(2.5, 12),
+    "grey patches 6x6": patches,
+    "colour patches 8x8": lambda: colour_patches(8, 8, first=0),
 }
 REPORT = {
     "clumps": lambda: clumps(40, d=100, std=0.05, seed=11),
@@ -216,43 +335,94 @@ REPORT = {
     "gaussian": lambda: low_rank(1, d=1000, rank=30, anisotropy=5.0, seed=15),
     "anisotropic": lambda: low_rank(4, d=64, rank=32, anisotropy=50.0, distance=0.1, seed=16),
     "offset": lambda: low_rank(20, d=30, rank=4, width=0.3, offset=1.5, seed=17),
-    "patches": patches,
+    "spectrum k^-1, 16x16x3": lambda: power_law(1.0, 16, angle=1.1, chroma=0.1),
+    "spectrum k^-2, 16x16x3": lambda: power_law(2.0, 16, angle=1.1, chroma=0.05),
+    "spectrum k^-3, 16x16x3": lambda: power_law(3.0, 16, angle=0.2, aspect=2.0, chroma=0.1),
+    "spectrum k^-2, 32x32x3": lambda: power_law(2.0, 32, angle=0.8, aspect=4.0, chroma=0.07),
+    "grey patches 8x8": lambda: patches(10, size=8, seed=1),
+    "colour patches 6x6": lambda: colour_patches(6, 6, first=25_000, seed=1),
 }
 
 
 class Problem(NamedTuple):
-    """A denoiser (batch, *event), and draws (n, *event) of the law that it should sample."""
+    """A denoiser, and the law that it should sample.
+
+    denoiser: of (batch, *event); event; law: draws (n, *event), in the precision to compute in;
+    mixture: the law itself, if it is one; grid: steps -> sigmas, the denoiser's own if it has one;
+    fine: steps of a fine solve.
+    """
 
     denoiser: sd.Denoiser
     event: tuple[int, ...]
     law: np.ndarray
     mixture: Mixture | None = None
+    grid: Callable[[int], Array] | None = None
+    fine: int = 100
 
 
-def exact(problem: Mixture, draws: int = 200_000) -> Problem:
-    """The mixture's own law is the one to sample."""
-    return Problem(problem, problem.means.shape[1:], problem.draw(0, draws), problem)
+def exact(law: Mixture | Waves, draws: int = 50_000) -> Problem:
+    """The law of a mixture or of waves is the one to sample; fewer draws in high dimension."""
+    event = law.event or law.means.shape[1:]
+    draws = law.draw(0, min(draws, 30_000_000 // np.prod(event)))
+    return Problem(law, event, draws, law if isinstance(law, Mixture) else None)
+
+
+def fine_solve(problem: Problem, noise: np.ndarray) -> np.ndarray:
+    """Where the ODE leads from noise at unit level, the same precision throughout."""
+    sigmas = np.asarray(sd.log_snr_sigmas(problem.fine)).astype(noise.dtype)
+    solver, x_init = sd.DPMpp2M(), sigmas[0] * noise
+    key = jax.random.key(0)
+    solution = sd.sample(key, problem.denoiser, sigmas=sigmas, solver=solver, x_init=x_init)
+    return np.asarray(solution.x)
 
 
 def network(scale: float, batch: int, draws: int = 2000) -> Problem:
-    """The digits network under guidance; its own fine solve is the law to sample."""
+    """The digits network, guided, or free at scale 0; its own fine solve is the law to sample."""
     import digits as trained
 
+    return _network(trained, trained.WEIGHTS, (8, 8, 1), scale, batch, draws, fine=100)
+
+
+def images16(scale: float, batch: int, draws: int = 1000) -> Problem:
+    """The same of the network of natural images."""
+    import images as trained
+
+    return _network(trained, trained.weights(16), (16, 16, 3), scale, batch, draws, fine=40)
+
+
+def _network(trained, weights, event, scale, batch, draws, fine) -> Problem:
+    weights = Path(weights).read_bytes()
     labels = jnp.arange(batch) % 10
     free = trained.load(jnp.full(batch, trained.NULL))
     denoiser = sd.guided(trained.load(labels), free, scale) if scale else free
-    fine = [
-        sd.sample(
-            jax.random.key(1000 + i),
-            denoiser,
-            (batch, 8, 8, 1),
-            sigmas=sd.karras_sigmas(100),
-            solver=sd.DPMpp2M(),
-        ).x
-        for i in range(-(-draws // batch))
-    ]
-    return Problem(denoiser, (8, 8, 1), np.concatenate(fine))
+    problem = Problem(denoiser, event, np.empty(0), fine=fine)
+
+    def law() -> dict[str, np.ndarray]:
+        rng = np.random.default_rng(1000)
+        starts = rng.standard_normal((-(-draws // batch), batch, *event), np.float32)
+        return {"law": np.concatenate([fine_solve(problem, start) for start in starts])}
+
+    state = hashlib.sha256(weights).hexdigest()[:12]
+    name = f"{trained.__name__}-{scale:g}-{batch}-{draws}-{fine}-{state}"
+    return problem._replace(law=kept(name, law)["law"])
 
 
-# Guidance scales of the digits network; 0 is unguided. Reported; rules saw 0 and 3.
-GUIDED = {"digits network, guidance 1.5": 1.5, "digits network, guidance 6": 6.0}
+# Of a number of samples that are drawn at once, whose labels the denoiser holds.
+TUNE_NETWORKS = {
+    "digits network": partial(network, 0.0),
+    "digits network, guidance 3": partial(network, 3.0),
+}
+REPORT_NETWORKS = {
+    "digits network, guidance 1.5": partial(network, 1.5),
+    "digits network, guidance 6": partial(network, 6.0),
+    "images network": partial(images16, 0.0),
+    "images network, guidance 3": partial(images16, 3.0),
+}
+NETWORKS = TUNE_NETWORKS | REPORT_NETWORKS
+HALVES = {"tune": TUNE | TUNE_NETWORKS, "report": REPORT | REPORT_NETWORKS}
+
+
+def build(half: str, name: str, batch: int) -> Problem:
+    """FileNotFoundError if its data or weights are missing."""
+    make = HALVES[half][name]
+    return make(batch) if name in NETWORKS else exact(make())

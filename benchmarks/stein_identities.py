@@ -27,7 +27,7 @@ def main() -> None:
 
         def coefficient(y, schedule, sigma=sigma):
             rule = sd.CleanTarget(-np.inf, np.inf, schedule)
-            stein = sd.Stein(sd.DDIM(), rule, problems.Analytic())
+            stein = sd.Stein(sd.DDIM(), rule, sd.Exact())
             grid = jnp.array([sigma, Q * sigma])
             return sd.sample(
                 jax.random.key(0), problem, sigmas=grid, solver=stein, x_init=y
