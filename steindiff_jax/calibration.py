@@ -156,9 +156,10 @@ class Calibrated(Wrapper):
             raise ValueError(f"{path} is damaged: {wrong[0]!r} is {table.get(wrong[0])!r}")
         if solver.basis is None and table["basis"]:
             name, *options = table["basis"]
-            if name not in BASES:
-                raise ValueError(f"{path} is damaged: 'basis' is {table['basis']!r}")
-            solver = dataclasses.replace(solver, basis=BASES[name](*options))
+            try:
+                solver = dataclasses.replace(solver, basis=BASES[name](*options))
+            except (KeyError, TypeError, ValueError) as error:
+                raise ValueError(f"{path} is damaged: 'basis' is {table['basis']!r}") from error
         if table["solver"] != describe(solver):
             raise ValueError(
                 f"{path} was recorded with\n  {table['solver']}\ngot\n  {describe(solver)}\n"

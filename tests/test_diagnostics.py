@@ -190,14 +190,14 @@ def test_discrepancy_of_gaussian_data_at_another_level():
     assert_allclose(found.sigma, truth, rtol=1e-9)
 
 
-@pytest.mark.parametrize("divergence", [sd.Exact(), sd.Hutchinson(2)], ids=type)
-def test_discrepancy_measures_calibration(divergence):
+@pytest.mark.parametrize("estimator", [sd.Exact(), sd.Hutchinson(2)], ids=type)
+def test_discrepancy_measures_calibration(estimator):
     """On noised data: 1 for the exact denoiser, not for one that shrinks or sees another sigma."""
     denoiser, n, rng = mixture(), 20_000, np.random.default_rng(3)
     levels = jnp.array([0.3, 1.0])
     clean = draw(denoiser, n, rng)
     x = jnp.asarray(clean + np.asarray(levels)[:, None, None] * rng.standard_normal((2, n, 2)))
-    exact = discrepancy(KEY, denoiser, x, levels, divergence)
+    exact = discrepancy(KEY, denoiser, x, levels, estimator)
     assert np.all(np.abs(exact.ratio - 1) < 4 * exact.error)
     assert np.all(exact.error < 0.02)
 
@@ -208,7 +208,7 @@ def test_discrepancy_measures_calibration(divergence):
         return denoiser(x, 0.8 * s)
 
     for wrong in (shrinking, confident):
-        found = discrepancy(KEY, Partial(wrong, denoiser), x, levels, divergence)
+        found = discrepancy(KEY, Partial(wrong, denoiser), x, levels, estimator)
         assert np.all(np.abs(found.ratio - 1) > 5 * found.error)
 
 
@@ -247,7 +247,7 @@ def test_report_of_a_run(statistics):
     denoiser, x = mixture(), normal(32, 2, scale=6.0)
     solver = sd.Stein(sd.DPMpp2M(), statistics=statistics)
     solution = run(denoiser, GRID, solver, x, record=diagnostics.keep)
-    report = diagnostics.trajectory_report(solution, GRID, denoiser, key=KEY, divergence=sd.Exact())
+    report = diagnostics.trajectory_report(solution, GRID, denoiser, key=KEY, estimator=sd.Exact())
     steps = list(pairwise(GRID))
     assert_array_equal(report.sigma, GRID[:-1])
     assert_array_equal(report.sigma_next, GRID[1:])
@@ -274,12 +274,9 @@ def test_drift_of_a_sampler_that_leaves_noise_behind():
     """A solver whose steps are a tenth too short ends each of them above its sigma: ratio > 1."""
 
     @sd.pytree
-    class Short:
-        def init(self, x, sigmas):  # noqa: ARG002
-            return sd.State(x)
-
-        def step(self, key, denoiser, state, sigma, sigma_next):
-            new, step = sd.DDIM().step(key, denoiser, state, sigma, sigma_next)
+    class Short(sd.Solver):
+        def advance(self, key, denoiser, state, sigma, sigma_next):
+            new, step = sd.DDIM().advance(key, denoiser, state, sigma, sigma_next)
             return sd.State(new.x + 0.1 * (state.x - new.x)), step
 
     denoiser, grid = Gaussian(jnp.zeros(3), 1e-4 * jnp.eye(3)), np.array([6.0, 3.0, 1.5])

@@ -33,7 +33,7 @@ EXPLICIT = [
 
 
 # The rule that the formulas of this file are of; without a derivative, so that they stay short.
-ENERGY = {"rule": sd.StepEnergy(), "divergence": sd.Tweedie()}
+ENERGY = {"rule": sd.StepEnergy(), "estimator": sd.Tweedie()}
 
 
 def name(solver):
@@ -54,7 +54,7 @@ class TestAsDiffrax:
     )
     @pytest.mark.parametrize(
         "solver",
-        [sd.DPMpp2M(), sd.UniPC(), sd.Stein(sd.DPMpp3M(), divergence=sd.Hutchinson())],
+        [sd.DPMpp2M(), sd.UniPC(), sd.Stein(sd.DPMpp3M(), estimator=sd.Hutchinson())],
         ids=name,
     )
     def test_numbers_of_sample(self, solver, dtype, bound):
@@ -162,7 +162,7 @@ class TestSteinCorrected:
         data, y = gaussian(), normal(6, 3, seed=5, scale=3.0)
         t0, t1 = -np.log(2.0), -np.log(1.2)
         solver = SteinCorrected(
-            diffrax.Heun(), rule=sd.CleanTarget(gamma_max=9.0), divergence=sd.Exact()
+            diffrax.Heun(), rule=sd.CleanTarget(gamma_max=9.0), estimator=sd.Exact()
         )
         term = probability_flow(data)
         state = solver.init(term, t0, t1, y, None)
@@ -261,7 +261,7 @@ class TestGradients:
         "solver",
         [
             SteinCorrected(diffrax.Bosh3(), rule=sd.StepEnergy(gamma_max=2.0)),
-            as_diffrax(sd.Stein(sd.DPMpp2M(), divergence=sd.Hutchinson())),
+            as_diffrax(sd.Stein(sd.DPMpp2M(), estimator=sd.Hutchinson())),
         ],
         ids=["SteinCorrected", "as_diffrax"],
     )

@@ -55,7 +55,7 @@ def test_hutchinson_is_unbiased():
     """1600 rows at the same x, each with its own probe; the bound is 4 standard errors."""
     data, x = gaussian(), jnp.tile(normal(1, 3, seed=2), (1600, 1))
     term, key = probability_flow(data), jax.random.key(5)
-    found = log_likelihood(term, x, divergence=sd.Hutchinson(), key=key, **FINE)
+    found = log_likelihood(term, x, estimator=sd.Hutchinson(), key=key, **FINE)
     error = float(jnp.std(found)) / 40
     assert 1e-3 < error < 0.05  # the probes differ
     assert abs(found.mean() - exact(data, x)[0]) < 4 * error
@@ -69,11 +69,9 @@ def test_gradient_is_the_score():
     np.testing.assert_allclose(found, score, rtol=1e-4, atol=1e-4)
 
 
-def test_refuses_what_is_no_divergence_of_each_sample():
+def test_refuses_what_estimates_no_divergence_of_each_sample():
     term, x = probability_flow(gaussian()), normal(4, 3)
     with pytest.raises(ValueError, match="mean over samples only"):
-        log_likelihood(term, x, divergence=sd.Tweedie())
-    with pytest.raises(ValueError, match="fraction must be 1"):
-        log_likelihood(term, x, divergence=sd.Hutchinson(fraction=0.5))
+        log_likelihood(term, x, estimator=sd.Tweedie())
     with pytest.raises(ValueError, match="must be probability_flow"):
         log_likelihood(diffrax.ODETerm(lambda t, y, _: -t * y), x)

@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 from numpy.testing import assert_allclose
 
 SCRIPT = Path(__file__).parent.parent / "examples" / "multihost.py"
@@ -55,6 +56,7 @@ def files(directory):
     return sorted(directory.glob("*.npy"))
 
 
+@pytest.mark.slow
 def test_killed_and_started_again(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     finish([start(one, 1)])

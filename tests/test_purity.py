@@ -1,8 +1,14 @@
 """`sample` as a pure function: what traces again, and jit, vmap, grad and scan around it."""
 
+import dataclasses
+import gc
+import pickle
+import weakref
+from functools import partial
 from typing import Any
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +18,7 @@ from jax import Array
 from numpy.testing import assert_allclose, assert_array_equal
 
 import steindiff_jax as sd
+from steindiff_jax.stein import default_basis
 
 KEY = jax.random.key(0)
 GRID = sd.karras_sigmas(4, sigma_min=0.1, sigma_max=10.0)
@@ -46,9 +53,7 @@ def draw(denoiser, solver, key=KEY, sigmas=GRID, **kwargs):
 
 
 def stein(gamma_max=1.0, curvature=0.5):
-    return sd.Stein(
-        sd.DPMpp3M(curvature), sd.StepEnergy(gamma_max=gamma_max), sd.Hutchinson(fraction=0.5)
-    )
+    return sd.Stein(sd.DPMpp3M(curvature), sd.StepEnergy(gamma_max=gamma_max), sd.Hutchinson())
 
 
 def test_traces_once():
@@ -85,22 +90,19 @@ def test_traces_anew():
 
 
 @sd.pytree
-class Forwards:
+class Forwards(sd.Solver):
     scale: float = 1.0
 
-    def init(self, x, sigmas):  # noqa: ARG002
-        return sd.State(x)
-
-    def step(self, key, denoiser, state, sigma, sigma_next):  # noqa: ARG002
+    def advance(self, key, denoiser, state, sigma, sigma_next):  # noqa: ARG002
         x0 = denoiser(state.x, sigma)
-        return sd.State(state.x + self.scale), sd.Step(x0, x0)
+        return sd.State(state.x + self.scale), sd.Step(x0, 0 * x0)
 
 
 @sd.pytree
 class Backwards(Forwards):
-    def step(self, key, denoiser, state, sigma, sigma_next):  # noqa: ARG002
+    def advance(self, key, denoiser, state, sigma, sigma_next):  # noqa: ARG002
         x0 = denoiser(state.x, sigma)
-        return sd.State(state.x - self.scale), sd.Step(x0, x0)
+        return sd.State(state.x - self.scale), sd.Step(x0, 0 * x0)
 
 
 def test_classes_with_equal_fields_are_told_apart():
@@ -120,14 +122,51 @@ INSTANCES = [
     sd.DPMpp2M(),
     sd.DPMpp3M(0.7),
     sd.IPNDM(3, denoise_last=False),
-    sd.Stein(sd.IPNDM(2), sd.CleanTarget(0.1, 0.9, sd.VPCosine()), sd.Exact(), "sample"),
-    sd.Stein(sd.DPMpp2M(), divergence=sd.Hutchinson(2, 0.5, "gaussian"), axis_name="i"),
+    sd.Stein(sd.IPNDM(2), sd.CleanTarget(0.1, 0.9, sd.VPCosine()), sd.Exact(), statistics="sample"),
+    sd.Stein(sd.DPMpp2M(), estimator=sd.Hutchinson(2, "secant"), basis=sd.Cosine(3)),
+    sd.AnalyticalFirst(sd.Stein(sd.DDIM(), axis_name="i")),
+    sd.Churn(),
     sd.EDM(),
     sd.VPLinear(0.2, 10.0),
     sd.RectifiedFlow(),
     sd.Discrete(np.linspace(1e-4, 0.02, 10)),
     sd.from_linen(nn.Dense(2), {}, schedule=sd.EDM(), prediction="x0", cond={"y": np.ones(3)}),
 ]
+
+
+def pickled(instance):
+    return pickle.loads(pickle.dumps(instance))
+
+
+@pytest.mark.parametrize("instance", INSTANCES, ids=lambda i: type(i).__name__)
+def test_equal_by_value(instance):
+    """A copy with leaves of its own and an unpickled one: equal, and of equal hash."""
+    copy = jax.tree.map(lambda leaf: leaf + 0, instance)
+    copies = [copy] if isinstance(instance, sd.Network) else [copy, pickled(instance)]
+    for other in copies:
+        assert other == instance
+        assert hash(other) == hash(instance)
+    assert instance != sd.LMS()
+    if jax.tree.leaves(instance):
+        assert jax.tree.map(lambda leaf: leaf + 0.001, instance) != instance
+
+
+def test_equal_solvers_are_one_static_argument():
+    """Under one's own jit, where a solver is static: an equal one does not trace again."""
+    count = []
+
+    @partial(jax.jit, static_argnums=0)
+    def program(solver, x):
+        count.append(None)
+        return draw(mixture(), solver, x_init=x).x
+
+    x = normal(6, 2)
+    first = program(sd.DPMpp3M(0.7), x)
+    again = program(pickled(sd.DPMpp3M(0.7)), x)
+    assert len(count) == 1
+    assert_array_equal(first, again)
+    program(sd.DPMpp3M(0.8), x)
+    assert len(count) == 2
 
 
 @pytest.mark.parametrize("instance", INSTANCES, ids=lambda i: type(i).__name__)
@@ -152,10 +191,10 @@ def test_pytree_round_trip(instance):
 SOLVERS = {
     "2M": sd.DPMpp2M(),
     "Heun": sd.Heun(),
-    "IPNDM": sd.IPNDM(3),
     "Stein 2M": sd.Stein(sd.DPMpp2M(), sd.StepEnergy()),
     "Stein Heun, clean target": sd.Stein(sd.Heun(), sd.CleanTarget(), sd.Exact()),
-    "Stein IPNDM, probes": sd.Stein(sd.IPNDM(3), divergence=sd.Hutchinson(2)),
+    "Stein IPNDM": sd.Stein(sd.IPNDM(3)),
+    "Stein IPNDM, probes": sd.Stein(sd.IPNDM(3), sd.StepEnergy(), sd.Hutchinson(2)),
 }
 
 
@@ -239,8 +278,8 @@ def test_the_start_is_noise_at_the_first_sigma():
 
     @sd.pytree
     class Stay(Forwards):
-        def step(self, key, denoiser, state, sigma, sigma_next):  # noqa: ARG002
-            return state, sd.Step(state.x, state.x)
+        def advance(self, key, denoiser, state, sigma, sigma_next):  # noqa: ARG002
+            return state, sd.Step(state.x, 0 * state.x)
 
     x = sd.sample(KEY, mixture(), (4000, 2), sigmas=GRID, solver=Stay(), record=start).record[0]
     error = np.sqrt(2 / x.size)
@@ -256,3 +295,90 @@ def test_record_sees_every_step():
     assert_allclose(x0[1], mixture()(x[0], GRID[1]), rtol=1e-12)
     assert_array_equal(nfe, [2, 2, 2, 1])
     assert solution.info.nfe == 7
+
+
+# --- What is kept --------------------------------------------------------------------------------
+
+
+def test_what_a_closure_holds_is_freed_with_its_program():
+    """Its program keeps it, as under `jax.jit`; `jax.clear_caches` frees both."""
+    held = []
+
+    def forget():
+        weights = jnp.full(2, 0.5 + len(held))
+        held.append(weakref.ref(weights))
+        draw(lambda x, s: x * weights[None] / (1 + s**2), sd.DDIM())
+
+    for _ in range(3):
+        forget()
+    jax.clear_caches()
+    gc.collect()
+    assert [reference() for reference in held] == [None] * 3
+
+
+def test_weights_that_are_data_are_not_kept():
+    """In a pytree denoiser: freed as soon as the caller lets go, and traced once."""
+
+    def apply(weights, x, s):
+        TRACES.append(None)
+        return x * weights[None] / (1 + s**2)
+
+    held = []
+
+    def forget():
+        weights = jnp.full(2, 0.5 + len(held))
+        held.append(weakref.ref(weights))
+        draw(jax.tree_util.Partial(apply, weights), sd.DDIM())
+
+    forget()
+    assert traces(lambda: [forget() for _ in range(3)] and ()) == 0
+    gc.collect()
+    assert [reference() for reference in held] == [None] * 4
+
+
+# --- Export --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("event", [(3,), (8, 8, 3)], ids=["vectors", "images"])
+@pytest.mark.parametrize("statistics", ["batch", "sample"])
+def test_export_with_a_symbolic_batch(event, statistics):
+    """The numbers of a direct call, as classes, for even and odd batches.
+
+    By default the basis is that of one sample, for nothing more is known of the batch.
+    """
+    solver = sd.Stein(sd.IPNDM(3), statistics=statistics)
+    same = dataclasses.replace(solver, basis=default_basis((1, *event)))
+
+    def program(solver, key, x):
+        def denoiser(x, s):
+            return jnp.tanh(x / (1 + s))
+
+        return sd.sample(key, denoiser, sigmas=GRID, solver=solver, x_init=x)
+
+    (n,) = jax.export.symbolic_shape("n")
+    specs = jax.ShapeDtypeStruct(KEY.shape, KEY.dtype), jax.ShapeDtypeStruct((n, *event), float)
+    called = jax.export.export(jax.jit(partial(program, solver)))(*specs).call
+    for batch in (4, 5):
+        x = normal(batch, *event, scale=10.0)
+        found, expected = called(KEY, x), program(same, KEY, x)
+        assert isinstance(found, sd.Solution)
+        assert isinstance(found.info, sd.Info)
+        assert_allclose(found.x, expected.x, rtol=1e-9)
+        assert_allclose(found.info.gamma, expected.info.gamma, rtol=1e-9)
+        assert_array_equal(found.info.nfe, expected.info.nfe)
+
+
+def test_export_of_pytrees():
+    """A solver and a state are arguments of an exported program, and stay what they are."""
+    pytest.importorskip("flatbuffers", reason="what JAX writes exported programs with")
+    solver, state = sd.Stein(sd.DPMpp3M(0.7), basis=sd.Cosine(2)), sd.State(normal(4, 2))
+
+    def program(solver, state):
+        return solver, state, sd.Step(state.x, 0 * state.x)
+
+    stored = jax.export.export(jax.jit(program))(solver, state).serialize()
+    same, again, step = jax.export.deserialize(stored).call(solver, state)
+    assert same == solver
+    assert isinstance(again, sd.State)
+    assert isinstance(step, sd.Step)
+    assert_array_equal(again.x, state.x)

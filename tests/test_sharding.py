@@ -10,7 +10,7 @@ def test_on_eight_devices():
     script = Path(__file__).with_name("eight_devices.py")
     environment = os.environ | {"JAX_NUM_CPU_DEVICES": "8", "JAX_PLATFORMS": "cpu"}
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", script],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", "addopts=", script],
         env=environment,
         capture_output=True,
         text=True,

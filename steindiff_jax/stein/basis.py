@@ -56,7 +56,7 @@ class Cosine(Basis):
         return _along_axes(coefficients, inverse=True)
 
 
-def default_basis(shape: tuple[int, ...]) -> Basis:
+def default_basis(shape: tuple) -> Basis:
     """The finest `Cosine` whose bands have numbers enough in a batch (batch, *event), or `Whole`.
 
     Events of one axis have no frequencies: `Whole`. A symbolic batch counts as one sample.

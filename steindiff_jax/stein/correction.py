@@ -84,7 +84,7 @@ class Stein(Wrapper):
     def mapped_axis(self) -> str | None:
         return self.axis_name
 
-    def basis_of(self, shape: tuple[int, ...]) -> Basis:
+    def basis_of(self, shape: tuple) -> Basis:
         """The basis that is used on a batch of this shape."""
         return default_basis(shape) if self.basis is None else self.basis
 
