@@ -1,209 +1,263 @@
-"""What was tried in place of `PosteriorLength`'s parts, and lost (25 minutes on two cores).
+"""What was tried in place of the default rule's parts, one at a time (2 hours on two cores).
 
-Ratios corrected / plain of sliced-W2, geometric mean over {Karras, log-SNR} grids and 4, 6 and 10
-steps, one seed, on problems of the half that rules are developed on. Exploratory: read differences
-of a few percent as none. All rules have the exact divergence where the problem has one.
+Corrected / plain in `both` distances, as in quality.py, on the half that rules are developed on,
+over both grids, steps 4, 6 and 10 and two seeds: read differences of a few percent as none. Columns
+are means over vectors, images of at most 64 numbers, larger ones and the network, once for DDIM and
+once for the other solvers; the last ones are the worst single cell and the band energy. A cell is
+empty where a variant was not run or changes nothing.
 """
 
-import argparse
-import itertools
+from functools import partial
+from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array
-from tqdm import tqdm
 
 import metrics
 import problems
-import quality
 import steindiff_jax as sd
-from steindiff_jax._numerics import divide
-from steindiff_jax.stein.rules import MODE_EIGENVALUE, Local, gaussian_share, mean_weight
+import sweep
+from steindiff_jax.stein.rules import Gamma, Lengths
 
-STEPS = (4, 6, 10)
-SOLVERS = ("2M", "3M", "iPNDM-3")
-NETWORK = "digits network, guidance 3"
-PROBLEMS = ("clumps", "curve", "smooth", "gaussian", "offset", NETWORK)
+SMALL = 64  # numbers of a sample
+SOLVERS = ("DDIM", "2M", "iPNDM-3")
+PROBLEMS = (
+    "clumps",
+    "curve",
+    "anisotropic",
+    "offset",
+    "spectrum k^-2, 8x8x1",
+    "grey patches 6x6",
+    "spectrum k^-2.5, 12x12x3",
+    "colour patches 8x8",
+    "digits network, guidance 3",
+)
 
 
-@sd.pytree
-class ConstantShare(sd.PosteriorLength):
-    """The same share of the variance in every step."""
-
-    share: float = 0.3
-
-    def moments(self, local: Local):
-        return (self.share * local.jacobian.posterior_trace, *super().moments(local)[1:])
-
-
-@sd.pytree
-class NoModes(sd.PosteriorLength):
-    """The Gaussian share of an eigenvalue close to 1, that is none, where modes are chosen."""
-
-    def moments(self, local: Local):
-        jacobian, q = local.jacobian, local.sigma_next / local.sigma
-        norm, trace = jacobian.posterior_squared_norm, jacobian.posterior_trace
-        share = gaussian_share(jnp.minimum(divide(norm, trace, 0.999), 0.999), q)
-        return (share * trace, *super().moments(local)[1:])
+# --- Bases ---------------------------------------------------------------------------------------
 
 
 @sd.pytree
-class BatchShare(sd.PosteriorLength):
-    """One share for the batch, of its mean eigenvalue, at most that of two modes."""
+class Pixels(sd.Basis):
+    """No transform, and each pixel a band, with all its channels."""
 
-    def moments(self, local: Local):
-        return (local.jacobian.posterior_trace, *super().moments(local)[1:])
-
-    def gamma(self, moments, sigma, sigma_next):
-        trace, guided, unguided, *rest = moments
-        eigenvalue = jnp.minimum(divide(unguided, trace, MODE_EIGENVALUE), MODE_EIGENVALUE)
-        left = gaussian_share(eigenvalue, sigma_next / sigma) * trace
-        return super().gamma((left, guided, unguided, *rest), sigma, sigma_next)
+    def labels(self, event):
+        pixels = np.arange(np.prod(event[:-1])).reshape(*event[:-1], 1)
+        return np.broadcast_to(pixels, event)
 
 
 @sd.pytree
-class GuidedVariance(sd.PosteriorLength):
-    """sigma^2 tr J of the guided denoiser itself, as if it were a posterior mean."""
+class Coefficients(sd.Cosine):
+    """Each coefficient of the cosine transform a band."""
 
-    def moments(self, local: Local):
-        own = local.jacobian
-        own = own._replace(posterior_trace=own.trace, posterior_squared_norm=own.squared_norm)
-        return super().moments(local._replace(jacobian=own))
+    def labels(self, event):
+        return np.arange(np.prod(event)).reshape(event)
 
 
 @sd.pytree
-class SelfConsistent:
-    """A solver that corrects its last step with the evaluation that the next one needs anyway.
+class Haar(sd.Cosine):
+    """Haar wavelets along each axis in place of cosines, a band for each octave; colour as there.
 
-    x' = q x + (1 - q)(D + g omega (D_next - D)), a corrector as UniPC's without an evaluation of
-    its own: D_next is kept for x'. g = min(gamma, 1)^gated.
+    A side is halved as long as it is even.
     """
 
-    inner: sd.Stein
-    gated: float = 1.0
+    def labels(self, event):
+        *space, channels = event
+        octaves = np.meshgrid(*(haar(size)[1] for size in space), indexing="ij")
+        labels = np.max(octaves, axis=0)[..., None] + 100 * (np.arange(channels) > 0)
+        return np.unique(labels, return_inverse=True)[1].reshape(event)
 
-    def init(self, x, sigmas):
-        start = self.inner.init(x, sigmas)
-        zero = jnp.zeros_like(sigmas[0])
-        return sd.State(x, (start.history, jnp.zeros_like(x), jnp.zeros_like(x), zero, zero))
+    def transform(self, x):
+        x = along_axes(x, [haar(size)[0] for size in x.shape[1:-1]])
+        return sd.Cosine().transform(x.reshape(-1, x.shape[-1])).reshape(x.shape)
 
-    def step(self, key, denoiser, state, sigma, sigma_next):
-        history, x, x0, before, g = state.history
-        keys = jax.random.split(key, len(x))
-        known = self.inner.divergence(keys, denoiser, state.x, sigma)
-        omega = mean_weight(before, sigma)
-        q = sigma / jnp.where(before > 0, before, sigma)
-        corrected = q * x + (1 - q) * (x0 + g * omega * (known[0] - x0))
-        now = jnp.where(before > 0, corrected, state.x)
-        stein = sd.Stein(self.inner.inner, self.inner.rule, Known(*known))
-        new, step = stein.step(key, denoiser, sd.State(now, history), sigma, sigma_next)
-        g = jnp.minimum(step.gamma, 1.0) ** self.gated
-        return sd.State(new.x, (new.history, now, known[0], sigma, g)), step
+    def inverse(self, coefficients):
+        c = coefficients
+        c = sd.Cosine().inverse(c.reshape(-1, c.shape[-1])).reshape(c.shape)
+        return along_axes(c, [haar(size)[0].T for size in c.shape[1:-1]])
+
+
+def along_axes(x, matrices):
+    for axis, matrix in enumerate(matrices, start=1):
+        x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(matrix, x.dtype), (axis, 1)), -1, axis)
+    return x
+
+
+def haar(size):
+    """The orthonormal matrix (coefficient, place), and the octave of each coefficient."""
+    if size % 2:
+        return np.eye(size), np.zeros(size, int)
+    matrix, octave = haar(size // 2)
+    sums, differences = (np.kron(np.eye(size // 2), [[1, s]]) / np.sqrt(2) for s in (1, -1))
+    finest = np.full(size // 2, octave.max() + 1)
+    return np.concatenate([matrix @ sums, differences]), np.concatenate([octave, finest])
+
+
+# --- Rules ---------------------------------------------------------------------------------------
 
 
 @sd.pytree
-class Known:
-    """A divergence that was estimated already."""
+class LowOnly(sd.PosteriorLength):
+    """Of two bands the one of high frequencies is left as the solver has it."""
 
-    x0: Array
-    jacobian: sd.Jacobian
-
-    def __call__(self, *_):
-        return self.x0, self.jacobian
+    def coefficients(self, moments, sizes, sigma, sigma_next):
+        gamma, drift = super().coefficients(moments, sizes, sigma, sigma_next)
+        return Lengths(gamma.at[..., -1].set(1.0), drift.at[..., -1].set(0.0))
 
 
-NO_DOUBT = 1e-20  # surprise_max that every surprise exceeds
-VARIANTS = {
-    "as it is": sd.PosteriorLength(),
-    "energy: `StepEnergy`": sd.StepEnergy(),
-    "one share for the batch": BatchShare(),
-    "constant share .3": ConstantShare(),
-    "constant share .3, gamma at most 1": ConstantShare(gamma_max=1.0),
-    "Gaussian share also where modes are chosen": NoModes(),
-    "gamma at most 2": sd.PosteriorLength(gamma_max=2.0),
-    "gamma unbounded": sd.PosteriorLength(gamma_max=jnp.inf),
-    "always in full (no surprise)": sd.PosteriorLength(surprise_max=NO_DOUBT),
-    "surprise_max 1": sd.PosteriorLength(surprise_max=1.0),
-    "variance of the guided denoiser": GuidedVariance(),
-}
+@sd.pytree
+class NoGauss(sd.PosteriorLength):
+    """gamma as it is, without the Gaussian step."""
+
+    def coefficients(self, *arguments):
+        return super().coefficients(*arguments)._replace(drift=jnp.zeros(()))
 
 
-ESTIMATORS = {
-    "one probe each": sd.Hutchinson(),
-    "one probe on 1/8": sd.Hutchinson(fraction=1 / 8),
-    "one probe on 1/32": sd.Hutchinson(fraction=1 / 32),
-    "no probe: `Tweedie`": sd.Tweedie(),
-}
+ADDITIVE = sd.PosteriorLength(gamma_max=1.0)  # for a delta too short, the Gaussian step alone
 
 
-def solvers(inner: sd.Solver, divergence) -> dict[str, sd.Solver]:
-    corrected = {name: sd.Stein(inner, rule, divergence) for name, rule in VARIANTS.items()}
-    best = corrected["as it is"]
-    estimated = {
-        name: sd.Stein(inner, best.rule, estimator) for name, estimator in ESTIMATORS.items()
-    }
-    corrected |= {
-        "self-consistent, gated by gamma": SelfConsistent(best),
-        "self-consistent in full": SelfConsistent(best, gated=0.0),
-    }
-    return corrected | estimated
+@sd.pytree
+class LengthOnly(sd.PosteriorLength):
+    """gamma = g throughout: the solver's own direction alone.
+
+    g is read off `ADDITIVE`, whose drift is (1 - 1/g) eta where g > 1, and eta where delta = 0.
+    """
+
+    def coefficients(self, moments, *arguments):
+        silent = moments._replace(delta=0 * moments.delta, confirmed=0 * moments.confirmed)
+        eta = ADDITIVE.coefficients(silent, *arguments).drift
+        gamma, drift = ADDITIVE.coefficients(moments, *arguments)
+        longer = 1 - drift / jnp.where(eta < 0, eta, -1.0)
+        gamma = jnp.minimum(gamma / jnp.maximum(longer, 1e-6), self.gamma_max)
+        return Lengths(gamma, jnp.zeros_like(gamma))
 
 
-def measure(name: str, n: int, variants: list[str]) -> dict:
-    """(variant, solver) -> logs of corrected / plain."""
-    network = name == NETWORK
-    jax.config.update("jax_enable_x64", not network)
-    problem = problems.network(3.0, n) if network else problems.exact(problems.TUNE[name]())
-    distance = metrics.SlicedWasserstein(problem.law, n)
-    results = {}
-    for s in SOLVERS:
-        inner = quality.SOLVERS[s]
-        estimator = sd.Hutchinson() if network else problems.Analytic()
-        chosen = {
-            v: r for v, r in solvers(inner, estimator).items() if not variants or v in variants
+@sd.pytree
+class NoGate(sd.PosteriorLength):
+    """In full, however right the solver's last delta was."""
+
+    def moments(self, local):
+        moments = super().moments(local)
+        return moments._replace(confirmed=0 * moments.confirmed)
+
+
+@sd.pytree
+class Residual(sd.PosteriorLength):
+    """tr J = d - |x - D|^2 / sigma^2, Stein's identity for D itself, without the regression."""
+
+    def moments(self, local):
+        noise = (local.x - local.x0) / local.sigma
+        return super().moments(local)._replace(trace=local.sizes - local.inner(noise, noise))
+
+
+@sd.pytree
+class Slope(sd.PosteriorLength):
+    """tr J / d = a, the slope of D on x, as if all data were Gaussian."""
+
+    def coefficients(self, moments, sizes, sigma, sigma_next):
+        together = moments.signal + sigma * moments.cross
+        energy = together + sigma * (moments.cross + sigma * moments.noise)
+        moments = moments._replace(trace=sizes * together / energy)
+        return super().coefficients(moments, sizes, sigma, sigma_next)
+
+
+@sd.pytree
+class NoiseNorm(sd.Rule):
+    """aDDIM (Heek et al. 2024, arXiv:2403.06807): DDIM whose noise has the norm it should.
+
+    x_next = D + sqrt(sigma_next^2 + (1 - q)^2 V d / |e|^2) e, with e = (x - D) / sigma; V, a
+    constant there, is here the posterior variance sigma^2 (1 - |e|^2 / d), by Stein's identity.
+    """
+
+    def moments(self, local):
+        noise = (local.x - local.x0) / local.sigma
+        return local.inner(noise, noise)
+
+    def coefficients(self, moments, sizes, sigma, sigma_next):
+        q, share = sigma_next / sigma, moments / sizes
+        variance = jnp.maximum(1 - share, 0)
+        norm = jnp.sqrt(q**2 + (1 - q) ** 2 * variance / share)
+        return Gamma(jnp.where(sigma_next > 0, (norm - q) / (1 - q), 0.0))
+
+    def delta(self, local, coefficients):
+        return coefficients.gamma * (local.x - local.x0)
+
+
+# --- The table -----------------------------------------------------------------------------------
+
+
+def variants(problem: problems.Problem) -> dict:
+    """Name -> solver -> corrected solver, of those that make sense on this problem."""
+    exact = isinstance(problem.denoiser, problems.Mixture | problems.Waves)
+    chosen = {"as it is": sd.Stein, "one band": partial(sd.Stein, basis=sd.Whole())}
+    if len(problem.event) > 1:
+        low = {"rule": LowOnly(), "basis": sd.Cosine(2, colour=False)}
+        chosen |= {
+            "upper octave left alone": partial(sd.Stein, **low),
+            "pixels": partial(sd.Stein, basis=Pixels()),
+            "Haar": partial(sd.Stein, basis=Haar()),
+            "cosine, no colour": partial(sd.Stein, basis=sd.Cosine(5, colour=False)),
+            "cosine, two bands": partial(sd.Stein, basis=sd.Cosine(2, colour=False)),
+            "every coefficient": partial(sd.Stein, basis=Coefficients()),
         }
-        runs = {"plain": inner} | chosen
-        for (variant, solver), grid in itertools.product(runs.items(), quality.GRIDS.values()):
-            for k in STEPS:
-                solution = sd.sample(
-                    jax.random.key(0),
-                    problem.denoiser,
-                    (n, *problem.event),
-                    sigmas=jnp.pad(grid(k), (0, max(STEPS) - k)),
-                    solver=solver,
-                )
-                results.setdefault((variant, s), []).append(np.log(distance(solution.x)))
-        jax.clear_caches()  # hundreds of compiled programs exhaust a process's memory maps
-    return {
-        (v, s): np.subtract(logs, results["plain", s])
-        for (v, s), logs in results.items()
-        if v != "plain"
+    rules = {
+        "no Gaussian step": NoGauss(),
+        "length only": LengthOnly(),
+        "Gaussian step only": ADDITIVE,
+        "no surprise gate": NoGate(),
+        "trace: plain residual": Residual(),
+        "trace: slope only": Slope(),
     }
+    chosen |= {name: partial(sd.Stein, rule=rule) for name, rule in rules.items()}
+    chosen["trace: one probe"] = partial(sd.Stein, estimator=sd.Hutchinson())
+    if exact and np.prod(problem.event) <= SMALL:
+        chosen["trace: exact"] = partial(sd.Stein, estimator=sd.Exact())
+    whole = {"basis": sd.Whole()}
+    chosen |= {
+        "StepEnergy": partial(sd.Stein, rule=sd.StepEnergy()),
+        "StepEnergy, one band": partial(sd.Stein, rule=sd.StepEnergy(), **whole),
+        "aDDIM": partial(only_first_order, rule=NoiseNorm(), **whole),
+        "aDDIM in bands": partial(only_first_order, rule=NoiseNorm()),
+    }
+    return {"plain": sweep.plain} | chosen
+
+
+def only_first_order(solver, **parts):
+    return sd.Stein(solver, **parts) if isinstance(solver, sd.DDIM) else solver
+
+
+def group(name: str) -> str:
+    if name in problems.NETWORKS:
+        return "network"
+    event = problems.HALVES["tune"][name]().event
+    if len(event) < 2:
+        return "vectors"
+    return "small images" if np.prod(event) <= SMALL else "images"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", nargs="*", default=PROBLEMS)
-    parser.add_argument("--variants", nargs="*", default=[], help="default all")
-    parser.add_argument("--samples", type=int, default=400)
+    output = Path(__file__).parent / "results" / "alternatives.json"
+    parser = sweep.options(__doc__, "tune", SOLVERS, PROBLEMS, seeds=2, n=200, steps=(4, 6, 10))
+    parser.add_argument("--output", type=Path, default=output)
     arguments = parser.parse_args()
-    sizes = arguments.samples, arguments.variants
-    found = {name: measure(name, *sizes) for name in tqdm(arguments.problems)}
-    variants = list(dict.fromkeys(v for v, _ in next(iter(found.values()))))
-
-    def cell(logs) -> str:
-        return f"{np.exp(np.mean(logs)):.2f}"
-
-    exact = [name for name in found if name != NETWORK]
+    runs = sweep.sweep_all("tune", arguments, variants)
+    sweep.write(runs, arguments.output)
+    results = sweep.Results(runs)
+    groups = {}
+    for name in results.problems:
+        groups.setdefault(group(name), []).append(name)
+    solvers = {"DDIM": ["DDIM"], "others": [s for s in results.solvers if s != "DDIM"]}
     rows = []
-    for v in variants:
-        row = [cell([found[p][v, s] for p in exact]) for s in SOLVERS] if exact else []
-        row += [cell([found[NETWORK][v, s]]) for s in SOLVERS] if NETWORK in found else []
-        rows.append([v, *row])
-    header = ["variant", *(SOLVERS if exact else ())]
-    header += [f"{s}, guidance 3" for s in SOLVERS] if NETWORK in found else []
-    print(metrics.table(header, rows))
+    for variant in results.corrections[1:]:
+        row = [
+            results.ratio("both", variant, problem=names, solver=chosen)[0]
+            for names in groups.values()
+            for chosen in solvers.values()
+        ]
+        row += [results.cells("both", variant)[0][0], results.ratio("energy", variant)[0]]
+        rows.append([variant, *("" if np.isnan(r) or r == 1 else f"{r:.2f}" for r in row)])
+    header = [f"{g}, {s}" for g in groups for s in solvers]
+    print(metrics.table(["variant", *header, "worst cell", "band energy"], rows))
 
 
 if __name__ == "__main__":

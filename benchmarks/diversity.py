@@ -1,30 +1,32 @@
-"""Whether a gain in distance is a collapse: coverage, precision, recall (3 minutes on two cores).
+"""Whether a gain in distance is a collapse: coverage, precision, recall (10 minutes on two cores).
 
 Modes: the share of the mixture's components that are the nearest of at least one sample. Entropy:
 exp(H) of that assignment over the number of components. Precision: the share of samples within
 the 5-nearest-neighbour balls of draws of the law; recall: the share of draws within those of the
-samples (Kynkaanniemi et al. 2019, arXiv:1904.06991, by `prdc`, arXiv:2002.09797). The law of the
-digits network is its own fine solve. As a control the same of other exact draws, as many: a sampler
+samples (Kynkaanniemi et al. 2019, arXiv:1904.06991, by `prdc`, arXiv:2002.09797). The law of a
+network is its own fine solve. As a control the same of other exact draws, as many: a sampler
 without fault reaches that, and no more than that is meant. Means over {Karras, log-SNR} grids, 5
-and 10 steps and the seeds; each cell reads plain / corrected, in the order of quality.py.
+and 10 steps and the seeds; each cell reads plain / corrected. What falls most is printed first.
 """
 
-import argparse
-import itertools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
 import metrics
 import problems
-import quality
-import steindiff_jax as sd
+import sweep
 
 STEPS = (5, 10)
-SOLVERS = {name: quality.SOLVERS[name] for name in ("2M", "3M", "iPNDM-3")}
-PROBLEMS = ("clumps", "grid", "curve", "offset", *problems.GUIDED)
+SOLVERS = ("2M", "3M", "iPNDM-3")
+PROBLEMS = (
+    "clumps",
+    "grid",
+    "curve",
+    "offset",
+    "colour patches 6x6",
+    "digits network, guidance 1.5",
+    "digits network, guidance 6",
+)
 MEASURES = ("modes", "entropy", "precision", "recall")
 NEIGHBOURS = 5
 
@@ -46,48 +48,44 @@ def judge(problem: problems.Problem, x: np.ndarray) -> tuple[float, ...]:
     return *hit, *metrics.precision_recall(draws, x, NEIGHBOURS)
 
 
-def measure(problem: problems.Problem, n: int, seeds: int) -> dict:
+def measure(distances: metrics.Distances, arguments) -> dict:
     """(solver, correction) -> mean `MEASURES`, and "exact draws" -> those of the law itself."""
+    problem, n = distances.problem, distances.n
     others = problem.law[2 * n :]
-    controls = [others[i : i + n] for i in range(0, min(len(others), 12 * n), n)]
+    controls = [others[i : i + n] for i in range(0, min(len(others) - n + 1, 12 * n), n)]
     found = {"exact draws": [judge(problem, x) for x in controls]}
-    for (s, solver), (c, correct) in itertools.product(
-        SOLVERS.items(), quality.CORRECTIONS.items()
-    ):
-        found[s, c] = []
-        for grid, k, seed in itertools.product(quality.GRIDS.values(), STEPS, range(seeds)):
-            solution = sd.sample(
-                jax.random.key(seed),
-                problem.denoiser,
-                (n, *problem.event),
-                sigmas=jnp.pad(grid(k), (0, max(STEPS) - k)),  # one program for all grids
-                solver=correct(solver),
-            )
-            found[s, c].append(judge(problem, solution.x))
+    for run, value in sweep.sweep(
+        distances,
+        arguments.solvers,
+        sweep.CORRECTIONS,
+        steps=arguments.steps,
+        seeds=arguments.seeds,
+        judge=lambda x, _: judge(problem, x),
+    ).items():
+        found.setdefault((run.solver, run.correction), []).append(value)
     return {k: np.mean(v, axis=0) for k, v in found.items()}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--problems", nargs="*", default=PROBLEMS)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--samples", type=int, default=400)
+    parser = sweep.options(__doc__, "report", SOLVERS, PROBLEMS, seeds=3, n=400, steps=STEPS)
     arguments = parser.parse_args()
-    rows = []
+    rows, falls = [], []
     for name in tqdm(arguments.problems):
-        on_network = name in problems.GUIDED
-        n = arguments.samples // 2 if on_network else arguments.samples
-        with jax.enable_x64(not on_network):
-            if on_network:
-                problem = problems.network(problems.GUIDED[name], n, draws=10 * n)
-            else:
-                problem = problems.exact(problems.REPORT[name]())
-            found = measure(problem, n, arguments.seeds)
+        with sweep.prepared("report", name, arguments.samples) as distances:
+            found = measure(distances, arguments)
         rows.append([name, "exact draws", *map(cell, found["exact draws"])])
-        for s in SOLVERS:
-            each = zip(*(found[s, c] for c in quality.CORRECTIONS), strict=True)
+        for s in arguments.solvers:
+            plain, corrected = found[s, "plain"], found[s, "corrected"]
+            each = zip(plain, corrected, strict=True)
             rows.append([name, s, *(" / ".join(map(cell, values)) for values in each)])
-    print(" / ".join(quality.CORRECTIONS))
+            falls += [
+                (fall, f"{name}, {s}, {m}")
+                for m, fall in zip(MEASURES, plain - corrected, strict=True)
+                if fall > 0
+            ]
+    print("what falls most:\n")
+    print("\n".join(f"- {where}: by {fall:.2f}" for fall, where in sorted(falls)[::-1][:10]))
+    print("\nplain / corrected\n")
     print(metrics.table(["problem", "solver", *MEASURES], rows))
 
 

@@ -75,7 +75,7 @@ class Distances:
             self.labels = basis.labels(self.event).reshape(-1)
             self.turn = jax.jit(lambda x: basis.transform(x).reshape(len(x), -1))
         else:
-            axes = np.linalg.eigh(np.cov(law.T))[1].astype(law.dtype)
+            axes = np.linalg.eigh(problem.mixture.covariance())[1]
             d = len(axes)
             self.labels = np.arange(d) * min(d, 5) // d
             self.turn = lambda x: x @ axes

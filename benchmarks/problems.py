@@ -71,6 +71,14 @@ class Mixture:
     def __call__(self, x: Array, sigma: Array) -> Array:
         return self.posterior(x, sigma)[0]
 
+    def covariance(self) -> np.ndarray:
+        """(d, d) of the data."""
+        means, weights = np.asarray(self.means), np.exp(self.log_weights)
+        centred = np.sqrt(weights)[:, None] * (means - weights @ means)
+        axes = np.sqrt(weights[:, None] * self.spread)[:, None] * self.axes
+        axes = np.concatenate(axes, axis=1)
+        return self.floor * np.eye(len(axes)) + centred.T @ centred + axes @ axes.T
+
     def draw(self, seed: int, n: int) -> np.ndarray:
         """(n, *event) samples of the data."""
         rng = np.random.default_rng(seed)

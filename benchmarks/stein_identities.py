@@ -6,6 +6,8 @@ of a variance-preserving schedule, beside the coefficient that is best in x over
 samples. Cancellation is the size of the two terms of the numerator over that of their sum.
 """
 
+import argparse
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ BATCHES, BATCH, Q = 200, 64, 0.7
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__.splitlines()[0]).parse_args()
     jax.config.update("jax_enable_x64", True)
     problem, rng = problems.clumps(), np.random.default_rng(0)
     clean = problem.draw(0, BATCHES * BATCH)

@@ -58,6 +58,10 @@ NETWORK_STEPS = (4, 5, 6, 10)
 NETWORK_SAMPLES = {"digits": 200, "images": 64}
 
 
+# Name -> solver -> corrected solver, or a function from the problem to that.
+Corrections = dict[str, Callable] | Callable[[problems.Problem], dict[str, Callable]]
+
+
 class Run(NamedTuple):
     problem: str
     solver: str
@@ -70,7 +74,7 @@ class Run(NamedTuple):
 def sweep(
     distances: metrics.Distances,
     solvers: Iterable[str],
-    corrections: dict[str, Callable[[sd.Solver], sd.Solver]],
+    corrections: Corrections,
     *,
     steps: Iterable[int] = STEPS,
     seeds: int = 1,
@@ -86,6 +90,8 @@ def sweep(
     another one than the problem's; level: of the initial noise, over what the grid says.
     """
     problem, longest, found = distances.problem, max(steps), {}
+    if callable(corrections):
+        corrections = corrections(problem)
     if grids is None:
         grids = GRIDS | ({"own": problem.grid} if problem.grid else {})
     for s, (c, correct) in itertools.product(solvers, corrections.items()):
@@ -126,7 +132,7 @@ def _one(name: str, half: str, solvers, corrections, n: int, steps, seeds: int) 
         return {}
 
 
-def sweep_all(half: str, arguments: argparse.Namespace, corrections: dict) -> dict[Run, Any]:
+def sweep_all(half: str, arguments: argparse.Namespace, corrections: Corrections) -> dict:
     """The sweep over problems of a half, as `options` asks for; the corrections must pickle."""
     # A process for each problem: hundreds of compiled programs in one exhaust its memory maps.
     a, results, spawn = arguments, {}, multiprocessing.get_context("spawn")
@@ -146,13 +152,21 @@ def sweep_all(half: str, arguments: argparse.Namespace, corrections: dict) -> di
 
 
 def options(
-    doc: str, half: str, solvers=tuple(SOLVERS), seeds: int = 5, n: int = 400, steps=STEPS
+    doc: str,
+    half: str,
+    solvers: Iterable[str] = tuple(SOLVERS),
+    chosen: Iterable[str] = (),
+    *,
+    seeds: int = 5,
+    n: int = 400,
+    steps: Iterable[int] = STEPS,
 ) -> argparse.ArgumentParser:
-    """What every sweep can be asked for; the first line of `doc` describes it."""
+    """What every sweep can be asked for, and its defaults; the first line of `doc` describes it."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     names = list(problems.HALVES[half])
-    parser.add_argument("--problems", nargs="*", default=names, choices=names, metavar="NAME")
-    parser.add_argument("--solvers", nargs="*", default=list(solvers), choices=list(SOLVERS))
+    where = {"nargs": "*", "metavar": "NAME", "help": "default: %(default)s"}
+    parser.add_argument("--problems", default=list(chosen) or names, choices=names, **where)
+    parser.add_argument("--solvers", default=list(solvers), choices=list(SOLVERS), **where)
     parser.add_argument("--steps", nargs="*", type=int, default=list(steps))
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--samples", type=int, default=n)
@@ -171,7 +185,10 @@ FAILED = 1e3  # stands for a distance that is not finite
 
 
 class Results:
-    """Runs as arrays: `columns` of what was run, and for each correction log distances."""
+    """Runs as arrays: `columns` of what was run, and for each correction log distances.
+
+    NaN, which is left out, where a correction was not run.
+    """
 
     def __init__(self, runs: dict[Run, metrics.Distance]) -> None:
         self.runs = runs
@@ -181,14 +198,18 @@ class Results:
         self.solvers = list(dict.fromkeys(run.solver for run in runs))
         self.columns = {name: np.array([getattr(r, name) for r in cases]) for name in Run._fields}
         self.logs = {
-            c: {m: self._logs([runs[r._replace(correction=c)] for r in cases], m) for m in MEASURES}
+            c: {
+                m: self._logs([runs.get(r._replace(correction=c)) for r in cases], m)
+                for m in MEASURES
+            }
             for c in self.corrections
         }
 
     @staticmethod
-    def _logs(distances: list[metrics.Distance], measure: str) -> np.ndarray:
-        values = np.array([MEASURES[measure](d) for d in distances])
-        return np.log(np.where(np.isfinite(values), values, FAILED))
+    def _logs(distances: list[metrics.Distance | None], measure: str) -> np.ndarray:
+        values = [np.nan if d is None else MEASURES[measure](d) for d in distances]
+        failed = [d is not None and not np.isfinite(d).all() for d in distances]
+        return np.log(np.where(failed, FAILED, values))
 
     def chosen(self, **where) -> np.ndarray:
         """Which cases have these values, or one of these."""
@@ -227,7 +248,8 @@ class Results:
         names = [self.columns[name] for name in ("problem", "solver", "grid", "steps")]
         found = {}
         for log, *cell in zip(logs, *names, strict=True):
-            found.setdefault(tuple(cell), []).append(log)
+            if not np.isnan(log):
+                found.setdefault(tuple(cell), []).append(log)
         return sorted(((float(np.exp(np.mean(v))), *k) for k, v in found.items()), reverse=True)
 
     def mean(self, measure: str, correction: str = "corrected", **where) -> float:
@@ -235,7 +257,7 @@ class Results:
         return float(np.exp(self.logs[correction][measure][self.chosen(**where)].mean()))
 
     def _interval(self, logs: np.ndarray, here: np.ndarray) -> tuple[float, float]:
-        seeds = self.columns["seed"]
+        seeds, here = self.columns["seed"], here & ~np.isnan(logs)
         return interval([logs[here & (seeds == seed)].mean() for seed in np.unique(seeds[here])])
 
 

@@ -15,7 +15,6 @@ from scipy.linalg import sqrtm
 import digits
 import fid
 import paper_table
-import quality
 import steindiff_jax as sd
 
 
@@ -138,7 +137,7 @@ def test_the_classifier_tells_scans_from_noise(scans):
 def test_evaluations_of_the_table(name):
     """No more than its column says, and no fewer but for Heun, which takes an odd number."""
     for evaluations in paper_table.EVALUATIONS:
-        k = quality.steps_of(name, evaluations)
+        k = paper_table.steps_of(name, evaluations)
         sigmas = jnp.pad(sd.karras_sigmas(k), (0, 20 - k))  # one program for all
         solution = run(mixture(), sigmas, paper_table.SOLVERS[name], normal(2, 2))
         assert solution.info.nfe == evaluations - (name == "Heun" and evaluations % 2 == 0)
