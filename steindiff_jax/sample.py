@@ -182,7 +182,8 @@ def _as_data(leaf: Any, dtype: Any) -> Any:
     weak = isinstance(leaf, Array) and leaf.ndim == 0 and getattr(leaf, "weak_type", False)
     if isinstance(leaf, float | np.floating) or (weak and jnp.issubdtype(leaf.dtype, jnp.floating)):
         return jnp.asarray(leaf, dtype)
-    return leaf if isinstance(leaf, ArrayLike) else Static(leaf)
+    # What is traced is an Array, but no ArrayLike.
+    return leaf if isinstance(leaf, Array) or isinstance(leaf, ArrayLike) else Static(leaf)
 
 
 def _from_data(leaf: Any) -> Any:

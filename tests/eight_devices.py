@@ -104,7 +104,7 @@ def test_sharded_batch(mesh, name, one_device):
 @pytest.mark.parametrize("mesh", MESHES)
 def test_sharded_images(mesh):
     """The bands of the default basis too travel in one all-reduce; no image is gathered."""
-    x = narrow(normal(64, 8, 8, 3, scale=SIGMA_MAX))
+    x = normal(64, 8, 8, 3, scale=SIGMA_MAX)  # in float64: gamma magnifies rounding
     bands = len(SOLVERS["default"].basis_of(x.shape).sizes(x.shape[1:]))
     assert bands > 1
 

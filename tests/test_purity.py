@@ -151,6 +151,13 @@ def test_equal_by_value(instance):
         assert jax.tree.map(lambda leaf: leaf + 0.001, instance) != instance
 
 
+def test_what_is_traced_is_data():
+    """Two programs of one's own around one denoiser whose arrays are traced in each."""
+    ends = [jax.jit(lambda means, i=i: i + draw(Mixture(means, 0.5), sd.DDIM()).x) for i in (0, 1)]
+    first, second = (end(normal(5, 2)) for end in ends)
+    assert_allclose(second, first + 1, rtol=1e-12)
+
+
 def test_equal_solvers_are_one_static_argument():
     """Under one's own jit, where a solver is static: an equal one does not trace again."""
     count = []
