@@ -183,7 +183,7 @@ def _as_data(leaf: Any, dtype: Any) -> Any:
     if isinstance(leaf, float | np.floating) or (weak and jnp.issubdtype(leaf.dtype, jnp.floating)):
         return jnp.asarray(leaf, dtype)
     # What is traced is an Array, but no ArrayLike.
-    return leaf if isinstance(leaf, Array) or isinstance(leaf, ArrayLike) else Static(leaf)
+    return leaf if isinstance(leaf, (Array, ArrayLike)) else Static(leaf)
 
 
 def _from_data(leaf: Any) -> Any:
