@@ -1,14 +1,34 @@
 """Orders of convergence of all solvers, alone and corrected, and the reasons for some of them."""
 
+from functools import cache
+
 import numpy as np
 import pytest
-from closed_forms import mixture, run
-from test_order import END, START, X, exact
+from closed_forms import mixture, normal, run, unoptimised  # noqa: F401
+from scipy.integrate import solve_ivp
 
 import steindiff_jax as sd
 from steindiff_jax import solvers
 
-STEPS = (48, 192)
+START, END, STEPS = 5.0, 0.3, (48, 192)  # away from sigma -> 0
+X = np.asarray(normal(8, 2, seed=4, scale=START))
+
+
+@cache
+def exact(std):
+    """The solution of dx/dsigma = (x - D) / sigma at the end by scipy, to 1e-11."""
+    means = np.asarray(mixture().means)
+
+    def slope(sigma, flat):
+        x = flat.reshape(X.shape)
+        variance = std**2 + sigma**2
+        logits = -np.square(x[:, None] - means).sum(-1) / (2 * variance)
+        weights = np.exp(logits - logits.max(1, keepdims=True))
+        mean = weights / weights.sum(1, keepdims=True) @ means
+        return ((x - mean - std**2 / variance * (x - mean)) / sigma).ravel()
+
+    solution = solve_ivp(slope, (START, END), X.ravel(), "DOP853", rtol=1e-12, atol=1e-12)
+    return solution.y[:, -1].reshape(X.shape)
 
 
 def graded(start, end, nodes):
@@ -22,7 +42,7 @@ def alternating(start, end, nodes):
     return start * (end / start) ** (ramp / ramp[-1])
 
 
-def converge(solver, spacing, steps=STEPS):
+def converge(solver, spacing, steps=STEPS, std=0.5):
     """The order of the error between two numbers of steps, and how far gamma is from 1 in each.
 
     One program for both: the grid with fewer steps goes on below END, where nobody looks; but not
@@ -31,9 +51,9 @@ def converge(solver, spacing, steps=STEPS):
     errors, away = [], []
     for n in steps:
         more = 0 if getattr(solver, "lower_order_final", False) else steps[-1] - n
-        grid = [*spacing(START, END, n + 1), *(END * 0.99 ** np.arange(1, more + 1))]
-        solution = run(mixture(), np.array(grid), solver, X, record=state)
-        errors.append(np.abs(np.asarray(solution.record[n - 1]) - exact(0.5)).max())
+        grid = [*spacing(START, END, n + 1), *(END * 0.995 ** np.arange(1, more + 1))]
+        solution = run(mixture(std=std), np.array(grid), solver, X, record=state)
+        errors.append(np.abs(np.asarray(solution.record[n - 1]) - exact(std)).max())
         away.append(np.abs(np.asarray(solution.info.gamma[:n]) - 1).max())
     measured = order(errors, steps)
     print(f"order {measured:.2f}")  # pytest -rP shows it
@@ -58,6 +78,7 @@ ORDERS = [
     (sd.LMS(4), graded, 4),
     (sd.LMS(3, prediction="flow"), graded, 3),
     (sd.LMS(4, prediction="flow"), graded, 4),
+    (sd.IPNDM(2), np.linspace, 2),
     (sd.IPNDM(3), np.linspace, 3),
     (sd.IPNDM(3), np.geomspace, 2),
     (sd.IPNDM(4), np.geomspace, 2),
@@ -142,7 +163,7 @@ CORRECTED = [
 corrected = pytest.mark.parametrize(("solver", "nominal"), CORRECTED, ids=str)
 
 
-@corrected
+@pytest.mark.parametrize(("solver", "nominal"), CORRECTED[::3], ids=str)
 def test_order_with_step_energy(solver, nominal):
     """Second at most, for its gamma is 1 - O(step); unclipped above, so that it is never 1."""
     steps = (192, 768)
@@ -154,16 +175,23 @@ def test_order_with_step_energy(solver, nominal):
         assert abs(order(away, steps) - 1) < 0.2
 
 
+def test_order_with_step_energy_of_each_sample():
+    rule = sd.StepEnergy(gamma_max=9.0)
+    solver = sd.Stein(sd.DPMpp2M(), rule, statistics="sample")
+    assert abs(converge(solver, np.geomspace, std=0.2)[0] - 2) < 0.2
+
+
 @corrected
 def test_order_with_posterior_length(solver, nominal):
-    """The solver's own up to the third, for its gamma is 1 - O(step^2) but in the first step.
+    """The solver's own up to the third, for its gamma is 1 - O(step^2) but in the first steps.
 
-    That one takes the length in full, as it knows of none before: on a grid whose first step is no
-    shorter than the others a one-step solver is of second order.
+    Those take the length in full, as they know of none before: on a grid whose first step is no
+    shorter than the others a one-step solver is of second order. Steps are many, for the correction
+    of large ones makes up for most of their error.
     """
-    measured, away = converge(sd.Stein(solver), graded)
+    measured, away = converge(sd.Stein(solver), graded, (384, 1536))
     assert measured > 2.8 if nominal == 4 else abs(measured - nominal) < 0.2
-    assert away[1] == 0 if nominal == 1 else away[1] > 0
+    assert away[1] > 0
 
 
 def test_posterior_length_of_one_step_solvers_on_a_geometric_grid():
