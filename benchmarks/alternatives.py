@@ -147,7 +147,8 @@ class Residual(sd.PosteriorLength):
 
     def moments(self, local):
         noise = (local.x - local.x0) / local.sigma
-        return super().moments(local)._replace(trace=local.sizes - local.inner(noise, noise))
+        trace = local.sizes - local.inner(noise, noise)
+        return super().moments(local._replace(trace=lambda: trace))
 
 
 @sd.pytree
