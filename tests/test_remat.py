@@ -23,7 +23,7 @@ def network(x, sigma):
 @pytest.mark.parametrize("ending", [(0.0,), (0.0, 0.0)], ids=["exact", "padded"])
 def test_same_gradient_from_less_memory(ending):
     sigmas = jnp.append(jnp.geomspace(5.0, 0.1, STEPS), jnp.array(ending))
-    solver = sd.Stein(sd.DPMpp2M(), divergence=sd.Hutchinson())
+    solver = sd.Stein(sd.DPMpp2M(), estimator=sd.Hutchinson())
 
     def loss(x, remat):
         solution = sd.sample(

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import Gaussian, Mixture, normal, run, whitened
+from closed_forms import Mixture, normal, run, unoptimised  # noqa: F401
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.testing import assert_allclose, assert_array_equal
@@ -29,9 +29,12 @@ MULTISTEP = [
 ]
 ONE_STEP = [sd.DDIM(), sd.Heun(), sd.DPM2(), sd.DPMpp2S(), sd.DPMpp3S()]
 PLAIN = [*MULTISTEP, *ONE_STEP]
-# Exact() draws no probes, which would have directions and belong to places in the batch.
-CORRECTED = [sd.Stein(solver, divergence=sd.Exact()) for solver in PLAIN]
-CORRECTED[::3] = [sd.Stein(c.inner, sd.StepEnergy(), sd.Exact(), "sample") for c in CORRECTED[::3]]
+# Estimators that draw no probes, which would have directions and belong to places in the batch.
+CORRECTED = [sd.Stein(solver) for solver in PLAIN[::2]]
+CORRECTED += [sd.Stein(sd.Heun(), estimator=sd.Exact())]
+# Energies of x - D, which a translation leaves as they are; of D itself only with a batch's mean.
+CORRECTED += [sd.Stein(s, sd.StepEnergy(), statistics="sample") for s in (sd.DPMpp2M(), sd.DPM2())]
+SAMPLE = [sd.Stein(sd.IPNDM(3), statistics="sample")]
 STOCHASTIC = [sd.Churn(), sd.DPMpp2MSDE()]
 ANALYTICAL = [sd.AnalyticalFirst(sd.DPMpp2M())]  # takes the data for standard normal at the start
 
@@ -87,7 +90,7 @@ def test_translation(solver, problem, shift):
     assert_same(moved.solve(solver).x, problem.solve(solver).x + shift)
 
 
-@solvers(PLAIN, CORRECTED, ANALYTICAL)
+@solvers(PLAIN, CORRECTED, SAMPLE, ANALYTICAL)
 @given(problem=problems(), angle=st.floats(0, 2 * np.pi))
 @draws
 def test_rotation(solver, problem, angle):
@@ -98,7 +101,7 @@ def test_rotation(solver, problem, angle):
     assert_same(turned.solve(solver).x, problem.solve(solver).x @ rotation)
 
 
-@solvers(PLAIN, CORRECTED, STOCHASTIC)
+@solvers(PLAIN, CORRECTED, SAMPLE, STOCHASTIC)
 @given(problem=problems(), log_scale=st.floats(-3, 3))
 @draws
 def test_scale(solver, problem, log_scale):
@@ -110,10 +113,27 @@ def test_scale(solver, problem, log_scale):
     assert_same(other.solve(solver).x / scale, problem.solve(solver).x)
 
 
-@solvers(PLAIN, CORRECTED, ANALYTICAL)
+@solvers(PLAIN, SAMPLE, ANALYTICAL)
 @given(problem=problems(), order=st.permutations(range(BATCH)))
 @draws
 def test_permutation_of_the_batch(solver, problem, order):
+    assert_equivariant(solver, problem, order)
+
+
+@solvers(CORRECTED)
+@given(
+    problem=problems(),
+    pairs=st.permutations(range(BATCH // 2)),
+    swaps=st.lists(st.booleans(), min_size=BATCH // 2, max_size=BATCH // 2),
+)
+@draws
+def test_permutation_of_the_batch_s_pairs(solver, problem, pairs, swaps):
+    """Neighbours are each other's mean: of pairs, and of the two in each."""
+    order = [2 * pair + (i ^ swap) for pair, swap in zip(pairs, swaps, strict=True) for i in (0, 1)]
+    assert_equivariant(solver, problem, order)
+
+
+def assert_equivariant(solver, problem, order):
     order = jnp.asarray(order)
     permuted = problem._replace(x=problem.x[order])
     assert_same(permuted.solve(solver).x, problem.solve(solver).x[order])
@@ -145,31 +165,28 @@ def test_constant_denoiser(solver, problem):
     assert_allclose(problem._replace(data=data).solve(solver).x, exact, rtol=0, atol=1e-12)
 
 
-@solvers(PLAIN, CORRECTED, ANALYTICAL)
+@solvers(PLAIN, CORRECTED, SAMPLE, ANALYTICAL)
 @given(problem=problems())
 @draws
 def test_steps_taken_apart(solver, problem):
-    """A step is q x + (1 - q)(x0 + gamma delta), as it reports itself; both ends of the grid.
+    """A step is q x + (1 - q)(x0 + delta), as it reports itself; both ends of the grid.
 
-    T = A where there is no history, that is in the first step of a multistep solver, and in a step
-    to 0, which returns what the denoiser does, to the last bit.
+    A solver with no history yet, in its first step, adds nothing, and none does in a step to 0,
+    which returns what the denoiser does, to the last bit.
     """
     solution, sigmas = problem.solve(solver), problem.sigmas
     states, steps = solution.record
     before = jnp.concatenate([problem.x[None], states[:-1]])
     q = (sigmas[1:] / sigmas[:-1])[:, None, None]
-    gamma = steps.gamma.reshape(len(q), -1, 1)
-    assert_same(states, q * before + (1 - q) * (steps.x0 + gamma * steps.delta))
+    assert_same(states, q * before + (1 - q) * (steps.x0 + steps.delta))
     if solver not in ANALYTICAL:
         expected = [problem.data(x, s) for x, s in zip(before, sigmas[:-1], strict=True)]
         assert_same(steps.x0, expected)
-    first_order = [0] if getattr(solver, "inner", solver) in MULTISTEP else []
+    if solver in MULTISTEP:
+        assert_array_equal(steps.delta[0], 0.0)
     if sigmas[-1] == 0:
-        first_order += [-1]
         assert_array_equal(solution.x, steps.x0[-1])
-    for i in first_order:
-        assert_array_equal(steps.delta[i], 0.0)
-        assert_array_equal(steps.gamma[i], 1.0)
+        assert_array_equal(steps.delta[-1], 0.0)
 
 
 @solvers(STOCHASTIC)
@@ -180,18 +197,45 @@ def test_stochastic_solvers_end_in_the_denoiser(solver, problem):
     assert_array_equal(solution.x, solution.record[1].x0[-1])
 
 
-@solvers([sd.Heun(), sd.LMS(2), sd.IPNDM(2), sd.DPMpp2M()])
-@given(std=st.floats(0.2, 2.0), factors=st.lists(st.floats(0.1, 0.9), min_size=3, max_size=3))
-@draws
-def test_exact_on_isotropic_gaussians(solver, std, factors):
-    """Second-order solvers, with their length from `PosteriorLength`, however large the steps.
+@sd.pytree
+class Rotated(sd.Basis):
+    """Of a user: another orthonormal basis, and within each band of its coefficients too."""
 
-    On N(m, v) their delta has the exact one's direction. The length is taken in full here, and the
-    means over the batch are the law's own, for which the first step, of first order, is short.
-    """
-    rule = sd.PosteriorLength(gamma_max=np.inf, surprise_max=1e-20)
-    data = Gaussian(jnp.full(DIM, 0.7), std**2 * jnp.eye(DIM))
-    sigmas = 5.0 * np.cumprod([1.0, 1 - 1e-7, *factors])
-    x = 0.7 + whitened(BATCH, DIM) * np.hypot(std, sigmas[0])
-    found = run(data, sigmas, sd.Stein(solver, rule, sd.Exact()), x).x
-    assert_allclose(found, data.flow(x, sigmas[0], sigmas[-1]), rtol=0, atol=1e-6)
+    base: sd.Basis
+    rotations: tuple
+
+    def labels(self, event):
+        return self.base.labels(event)
+
+    def transform(self, x):
+        return self._within_bands(self.base.transform(x), [r.T for r in self.rotations])
+
+    def inverse(self, coefficients):
+        return self.base.inverse(self._within_bands(coefficients, self.rotations))
+
+    def _within_bands(self, x, matrices):
+        flat, labels = x.reshape(x.shape[0], -1), self.labels(x.shape[1:]).reshape(-1)
+        for k, matrix in enumerate(matrices):
+            flat = flat.at[:, labels == k].set(flat[:, labels == k] @ matrix)
+        return flat.reshape(x.shape)
+
+
+@pytest.mark.parametrize("rule", [sd.PosteriorLength(), sd.StepEnergy()], ids=type)
+def test_the_basis_within_a_band_is_without_influence(rule):
+    event, base = (4, 4, 2), sd.Cosine(2)
+    sizes = base.sizes(event)
+    rotations = tuple(jnp.linalg.qr(normal(n, n, seed=n))[0] for n in sizes)
+    means, x = normal(4, 32), normal(BATCH, *event, seed=1, scale=3.0)
+
+    def denoiser(x, sigma):
+        flat = Mixture(means, 0.5)(x.reshape(x.shape[0], -1), sigma)
+        return flat.reshape(x.shape)
+
+    found, expected = (
+        run(denoiser, [3.0, 1.5, 0.7, 0.3], sd.Stein(sd.DPMpp2M(), rule, basis=basis), x)
+        for basis in (Rotated(base, rotations), base)
+    )
+    assert_allclose(found.x, expected.x, atol=1e-10)
+    assert_allclose(found.info.gamma, expected.info.gamma, rtol=1e-8)
+    whole = run(denoiser, [3.0, 1.5, 0.7, 0.3], sd.Stein(sd.DPMpp2M(), rule, basis=sd.Whole()), x)
+    assert np.abs(whole.x - expected.x).max() > 1e-3
