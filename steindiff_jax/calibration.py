@@ -38,6 +38,7 @@ from steindiff_jax.protocols import (
 from steindiff_jax.sample import sample
 from steindiff_jax.stein import Cosine, Stein, Whole
 from steindiff_jax.stein.correction import Memory
+from steindiff_jax.stein.rules import Gamma, Lengths
 
 _FORMAT = "steindiff_jax coefficients 2"
 _RTOL = 1e-5  # two sigmas are one and the same but for the rounding of float32
@@ -180,7 +181,9 @@ class Calibrated(Wrapper):
                 raise ValueError(f"coefficients of shapes {shapes} for {sigmas.size} sigmas")
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        coefficients = namedtuple("Coefficients", names)(*columns)
+        known = {kind._fields: kind for kind in (Gamma, Lengths)}
+        kind = known.get(names) or namedtuple("Coefficients", names)
+        coefficients = kind(*columns)
         return cls(solver, sigmas, coefficients, table["fingerprint"])
 
 

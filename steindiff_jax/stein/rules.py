@@ -15,6 +15,9 @@ from steindiff_jax._pytree import pytree
 from steindiff_jax.protocols import Bands, Batch, Local, Numeric, Rule, Scalar, Schedule
 from steindiff_jax.schedules import EDM
 
+# Least l of `PosteriorLength`, as a share of the linear a. States of a sampler hold errors that
+# the identity takes for nonlinearity, and an l of 0 would stop the solver.
+LEAST = 0.1
 SMALL = 1e-18  # a ratio that stands for 0, and its inverse for infinity, also in float32
 
 
@@ -73,7 +76,8 @@ class PosteriorLength(Rule):
 
         tr J / d = a - (1 - R^2) Var D / (sigma^2 d):
 
-    the linear part without noise, and the identity only for the rest. delta* also says how long the
+    the linear part without noise, and the identity only for the rest (at least a tenth of a, where
+    that is more). delta* also says how long the
     solver's own delta should be, g = |delta*| / |delta|. One that is too long is shortened. For one
     that is too short R^2, the share of D's variance that is linear, decides what makes up for it,
     its own direction or that of the Gaussian step:
@@ -125,8 +129,11 @@ class PosteriorLength(Rule):
         gap = jnp.maximum(m.signal * m.noise - m.cross**2, 0)
         slope, rest = divide(together, energy, 0.0), divide(sigma**2 * gap, energy, 0.0)
         nonlinear = jnp.clip(divide(rest, m.signal, 1.0), 0, 1)  # 1 - R^2
-        trace = sizes * slope - rest / sigma**2 if m.trace is None else m.trace
-        eigenvalue = jnp.clip(trace / sizes, SMALL, 1)
+        if m.trace is None:
+            eigenvalue = jnp.maximum(slope - rest / (sigma**2 * sizes), LEAST * slope)
+        else:
+            eigenvalue = m.trace / sizes
+        eigenvalue = jnp.clip(eigenvalue, SMALL, 1)
         r = jnp.sqrt(eigenvalue + (1 - eigenvalue) * q**2)
         eta = -eigenvalue * (1 - q**2) / ((r + q) * (1 + r))
         square = divide((eta * sigma) ** 2 * m.noise, m.delta, 1 / SMALL)
@@ -136,7 +143,7 @@ class PosteriorLength(Rule):
         # A step to 0 returns the denoiser's estimate, whatever the data.
         made = sigma_next > 0
         return Lengths(
-            gamma=jnp.where(made, gamma, 1.0),
+            gamma=jnp.where(made & (m.delta > 0), gamma, 1.0),
             drift=jnp.where(made, jnp.maximum(1 - gamma / g, 0) * eta, 0.0),
         )
 
