@@ -1,4 +1,4 @@
-"""What was tried in place of the default rule's parts, one at a time (2 hours on two cores).
+"""What was tried in place of the default rule's parts, one at a time (an hour on two cores).
 
 Corrected / plain in `both` distances, as in quality.py, on the half that rules are developed on,
 over both grids, steps 4, 6 and 10 and two seeds: read differences of a few percent as none. Columns

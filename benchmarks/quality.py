@@ -1,4 +1,4 @@
-"""Every solver, plain and with the default correction (hours on two cores, less for a selection).
+"""Every solver, plain and with the default correction (3 hours on two cores, less for a selection).
 
 Over grids {Karras, log-SNR, the model's own if it has one}, steps {3, 4, 5, 6, 8, 10, 16} and five
 seeds; of networks fewer. Steps, not evaluations: Heun, DPM2 and 2S take two each, 3S three. The
