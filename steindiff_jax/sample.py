@@ -138,17 +138,17 @@ def _sample(
         facts = jnp.asarray(step.gamma, sigmas.dtype), step.nfe, finite, kept
         return new, jax.tree.map(jnp.asarray, facts)
 
-    body = jax.checkpoint(advance, prevent_cse=False) if remat else advance
+    kept_apart = partial(jax.checkpoint, prevent_cse=False) if remat else lambda body: body
     start = State(x_init, solver.init(x_init, sigmas))
     inputs = jnp.arange(sigmas.size - 1), sigmas[:-1], sigmas[1:]
     if padded:
-        end, (gamma, nfe, finite, kept) = _scan_padded(body, start, inputs)
+        end, (gamma, nfe, finite, kept) = _scan_padded(advance, start, inputs, kept_apart)
     else:
-        end, (gamma, nfe, finite, kept) = lax.scan(body, start, inputs)
+        end, (gamma, nfe, finite, kept) = lax.scan(kept_apart(advance), start, inputs)
     return Solution(end.x, Info(gamma, nfe.sum(), finite), kept)
 
 
-def _scan_padded(body: Any, start: State, inputs: tuple) -> tuple[State, Any]:
+def _scan_padded(body: Any, start: State, inputs: tuple, kept_apart: Any) -> tuple[State, Any]:
     """As `lax.scan`, but a step from 0 to 0 changes nothing and repeats what the last one gave."""
     first = jax.tree.map(lambda a: a[0], inputs)
     blank = jax.tree.map(
@@ -164,7 +164,7 @@ def _scan_padded(body: Any, start: State, inputs: tuple) -> tuple[State, Any]:
         state, facts = lax.cond(made, lambda s, _: body(s, inputs), skipped, *carry)
         return (state, facts), facts
 
-    (end, _), facts = lax.scan(padded, (start, blank), inputs)
+    (end, _), facts = lax.scan(kept_apart(padded), (start, blank), inputs)
     return end, facts
 
 

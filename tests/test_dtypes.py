@@ -18,9 +18,10 @@ SOLVERS = {
     "IPNDM": sd.IPNDM(3),
     "Stein": sd.Stein(sd.DPMpp2M(), sd.StepEnergy()),
     "Stein, default": sd.Stein(sd.DPMpp2M()),
-    "Stein, probes": sd.Stein(sd.DPMpp2M(), divergence=sd.Hutchinson(2, 0.5, "gaussian")),
+    "Stein, probes": sd.Stein(sd.DPMpp2M(), estimator=sd.Hutchinson(2)),
+    "Stein, secants": sd.Stein(sd.DPMpp2M(), estimator=sd.Hutchinson(2, "secant")),
     "Stein, clean target": sd.Stein(
-        sd.DPMpp2M(), sd.CleanTarget(schedule=sd.VPCosine()), sd.Exact(), "sample"
+        sd.DPMpp2M(), sd.CleanTarget(schedule=sd.VPCosine()), sd.Exact(), statistics="sample"
     ),
 }
 SCHEDULES = [
@@ -63,6 +64,17 @@ def test_a_float32_program_computes_nothing_in_float64(name):
     assert solution.x.dtype == jnp.float32
 
 
+def test_bands_in_float32():
+    """The cosine transform's matrices and the bands' statistics, by the default solver."""
+    x, grid = narrow(normal(4, 16, 16, 3)), narrow(sd.karras_sigmas(4))
+
+    def program(x):
+        return sd.sample(KEY, lambda x, sigma: x / (1 + sigma**2), sigmas=grid, x_init=x)
+
+    assert program(x).info.gamma.shape[1] > 1
+    assert "float64" not in dtypes_of(jax.make_jaxpr(program)(x).jaxpr)
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=type)
 @pytest.mark.parametrize("prediction", ["v", "edm"])
 def test_adapters_in_float32(schedule, prediction):
@@ -72,7 +84,7 @@ def test_adapters_in_float32(schedule, prediction):
     assert "float64" not in dtypes_of(jax.make_jaxpr(denoiser)(x, sigma).jaxpr)
 
 
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name != "Stein, probes"])
+@pytest.mark.parametrize("name", [name for name in SOLVERS if name[-1] != "s"])
 def test_float32_agrees_with_float64(name):
     """To rounding, carried through a flow that expands by no more than a few units."""
     denoiser, grid, solver = mixture(), sd.karras_sigmas(6), SOLVERS[name]

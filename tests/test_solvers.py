@@ -159,7 +159,7 @@ def noises(key, x):
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_sde_dpm_solver(kind, eta):
     """Against its formulas in lambda, with the same noise."""
-    solver = sd.DPMpp2MSDE(kind, eta)
+    solver = sd.DPMpp2MSDE(eta, kind)
     state, x, last = start(solver), X, None
     for i, (sigma, sigma_next) in enumerate(pairwise(SIGMAS)):
         key = jax.random.key(i)
@@ -197,7 +197,7 @@ def test_churn():
 
 @pytest.mark.parametrize(
     "solver",
-    [sd.DPMpp2MSDE(eta=1.0), sd.DPMpp2MSDE("heun", 0.5), sd.Churn(sd.Heun()), sd.Churn(sd.DPM2())],
+    [sd.DPMpp2MSDE(eta=1.0), sd.DPMpp2MSDE(0.5, "heun"), sd.Churn(sd.Heun()), sd.Churn(sd.DPM2())],
     ids=str,
 )
 def test_stochastic_solvers_keep_the_variance(solver):
