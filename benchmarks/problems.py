@@ -95,15 +95,16 @@ class Mixture:
 
 @sd.pytree
 class Waves:
-    """Independent Gaussian coefficients of fixed waves and colours, and the exact denoiser.
+    """A Gaussian law of periodic images, the same everywhere, and its exact denoiser.
 
-    mean: () of all entries; variances: event; waves: for each axis an orthonormal matrix
-    (coefficient, place). Nothing of size (d, d) is made.
+    mean: () of all entries; variances: event, of the plane waves, in the order of the Fourier
+    transform, times colours; colours: an orthonormal matrix (colour, channel). No basis of cosines
+    makes it diagonal, and nothing of size (d, d) is made.
     """
 
     mean: Array
     variances: Array
-    waves: tuple[Array, ...]
+    colours: Array
 
     @property
     def event(self) -> tuple[int, ...]:
@@ -111,23 +112,16 @@ class Waves:
 
     def __call__(self, x: Array, sigma: Array) -> Array:
         shrunk = self.variances / (self.variances + sigma**2)
-        return self.mean + self._images(shrunk[None] * self._coefficients(x - self.mean))
+        return self.mean + self._filtered(x - self.mean, shrunk, jnp)
 
     def draw(self, seed: int, n: int) -> np.ndarray:
         """(n, *event) samples of the data."""
-        rng = np.random.default_rng(seed)
-        c = np.sqrt(self.variances)[None] * rng.standard_normal((n, *self.event))
-        return np.asarray(self.mean + self._images(c, np))
+        noise = np.random.default_rng(seed).standard_normal((n, *self.event))
+        return self.mean + self._filtered(noise, np.sqrt(self.variances), np)
 
-    def _coefficients(self, x: Any, numpy: Any = jnp) -> Any:
-        for axis, wave in enumerate(self.waves, start=1):
-            x = numpy.moveaxis(numpy.tensordot(x, wave, axes=(axis, 1)), -1, axis)
-        return x
-
-    def _images(self, c: Any, numpy: Any = jnp) -> Any:
-        for axis, wave in enumerate(self.waves, start=1):
-            c = numpy.moveaxis(numpy.tensordot(c, wave, axes=(axis, 0)), -1, axis)
-        return c
+    def _filtered(self, x: Any, factors: Any, numpy: Any) -> Any:
+        waves = numpy.fft.fft2(x @ self.colours.T, axes=(1, 2))
+        return numpy.fft.ifft2(factors[None] * waves, axes=(1, 2)).real @ self.colours
 
 
 def mixture(means, std, axes=None, spread=None, weights=None, event=()) -> Mixture:
@@ -253,18 +247,18 @@ def power_law(
     brightness and its differences, but not the same; chroma: the variance along the second over
     that along the first, and of the third over that of the second twice as much.
     """
-    k = np.arange(side)
+    k = np.fft.fftfreq(side, 1 / side)
     along = k[:, None] * np.cos(angle) + k[None] * np.sin(angle)
     across = k[None] * np.cos(angle) - k[:, None] * np.sin(angle)
-    variances = (0.3 + np.hypot(along * aspect**0.5, across / aspect**0.5)) ** -exponent
-    variances = variances[..., None] * np.cumprod([1.0, chroma, 2 * chroma][:channels])[None, None]
+    spectrum = (0.3 + np.hypot(along * aspect**0.5, across / aspect**0.5)) ** -exponent
+    # The waves k and -k are one, also at the highest frequency, which is its own negative.
+    spectrum = (spectrum + np.roll(spectrum[::-1, ::-1], 1, axis=(0, 1))) / 2
+    variances = spectrum[..., None] * np.cumprod([1.0, chroma, 2 * chroma][:channels])[None, None]
     colours = np.linalg.qr([[0.55, 1.0, 0.2], [0.65, -0.3, -1.0], [0.52, -0.6, 0.9]])[0].T
-    wave = np.cos(np.pi * k[:, None] * (k[None] + 0.5) / side) * np.sqrt(2 / side)
-    wave[0] /= np.sqrt(2)
     return Waves(
         mean=np.asarray(0.1),
         variances=0.25 * variances / variances.mean(),
-        waves=(wave, wave, colours if channels == 3 else np.eye(channels)),
+        colours=colours if channels == 3 else np.eye(channels),
     )
 
 

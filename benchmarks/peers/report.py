@@ -189,6 +189,8 @@ def to_readme(output: Path, readme: Path) -> None:
     versions = ", ".join(f"{k} {v}" for k, v in known["versions"].items() if v)
     table = headline(Comparison(compare.read(output / "quality.csv")))
     text = readme.read_text(encoding="utf-8")
+    if MARKS[0] not in text:
+        return
     before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
     caption = f"{known['date']}, {known['machine']}; {versions}."
     parts = [MARKS[0], table, caption, MARKS[1]]

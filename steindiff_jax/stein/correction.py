@@ -162,10 +162,12 @@ class Stein(Wrapper):
         x, (inner, previous) = state
         step, inner = self.inner.step(key, denoiser, State(x, inner), sigma, sigma_next, x0=x0)
         basis = self.basis_of(x.shape)
+        # In one product: a delta of zeros by itself would be transformed while compiling.
+        x, x0, delta = jax.vmap(basis.transform)(jnp.stack([x, x0, step.delta]))
         local = Local(
-            x=basis.transform(x),
-            x0=basis.transform(x0),
-            delta=basis.transform(step.delta),
+            x=x,
+            x0=x0,
+            delta=delta,
             previous=previous,
             sigma=sigma,
             sigma_next=sigma_next,
