@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import steindiff_jax as sd
-from steindiff_jax.solvers.multistep import Multistep
+from steindiff_jax.solvers.multistep import Memory
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -183,14 +183,21 @@ def run(denoiser, sigmas, solver, x_init, **kwargs):
 
 
 def walk(denoiser, solver, sigmas, x):
-    """`sample` step by step: to compile every solver for every number of steps takes minutes."""
+    """`sample` step by step, so that a solver is compiled once for grids of all lengths."""
     sigmas = jnp.asarray(sigmas)
     x = jnp.asarray(x)
-    state = sd.State(x, solver.init(x, sigmas))
-    # A multistep solver's memory has another shape for each grid: op by op compiles less.
-    step = _step.__wrapped__ if isinstance(solver, Multistep) else _step
+
+    def padded(memory):
+        if not isinstance(memory, Memory):
+            return memory
+        more = 20 - memory.weights.shape[0]
+        return memory._replace(weights=jnp.pad(memory.weights, ((0, more), (0, 0))))
+
+    memory = solver.init(x, sigmas)
+    memory = jax.tree.map(padded, memory, is_leaf=lambda part: isinstance(part, Memory))
+    state = sd.State(x, memory)
     for now, then in pairwise(sigmas):
-        state = step(denoiser, solver, state, now, then)
+        state = _step(denoiser, solver, state, now, then)
     return state.x
 
 

@@ -6,7 +6,7 @@ from itertools import pairwise
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from closed_forms import REFERENCE, Mixture, reference, run, walk
+from closed_forms import REFERENCE, Mixture, reference, run, unoptimised, walk  # noqa: F401
 from numpy.testing import assert_allclose
 
 import steindiff_jax as sd

@@ -215,13 +215,6 @@ def test_stochastic_solvers_keep_the_variance(solver):
     assert abs(np.corrcoef(x[:, 0], start[:, 0])[0, 1]) < 0.9
 
 
-@pytest.mark.parametrize("solver", [sd.Churn(), sd.DPMpp2MSDE()], ids=str)
-@pytest.mark.parametrize("wrapper", [sd.Stein, sd.AnalyticalFirst, sd.Churn])
-def test_a_stochastic_solver_is_not_wrapped(solver, wrapper):
-    with pytest.raises(ValueError, match="inner must be a deterministic solver"):
-        wrapper(solver)
-
-
 # Options and evaluations
 
 
@@ -248,7 +241,7 @@ def test_churn_of_a_solver_with_memory_is_refused(inner):
         (lambda: sd.DPMpp2M(prediction="eps"), "prediction must be one of .* got 'eps'"),
         (lambda: sd.LMS(prediction="x0"), "prediction must be one of .* got 'x0'"),
         (lambda: sd.Heun(prediction="x0"), "prediction must be one of .* got 'x0'"),
-        (lambda: sd.DPMpp2MSDE(prediction="epsilon"), "prediction must be one of"),
+        (lambda: sd.DPMpp2MSDE(kind="bh1"), "kind must be one of .* got 'bh1'"),
     ],
 )
 def test_unknown_options(make, message):
