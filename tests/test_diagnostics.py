@@ -263,7 +263,7 @@ def test_report_of_a_run(statistics):
         ratio = np.mean(np.sum((end - x0) ** 2, axis=1)) / (s**2 * np.mean(2 - trace))
         assert_allclose(report.ratio[i], ratio, rtol=1e-8)
         assert_allclose(report.x0[i + 1], np.sqrt(np.mean(np.square(x0))), rtol=1e-9)
-    assert report.delta[0] == report.delta[-1] == 0 < report.delta[1]
+    assert report.delta[-1] == 0 < report.delta[:-1].min()  # a step to 0 returns the denoiser
 
     table = str(report).splitlines()
     assert len(table) == 1 + len(steps)

@@ -33,6 +33,7 @@ from steindiff_jax._numerics import at_least_float32, inner
 from steindiff_jax._pytree import pytree, static
 from steindiff_jax.grids import check_sigmas
 from steindiff_jax.protocols import (
+    AnySolver,
     Batch,
     Denoiser,
     Estimator,
@@ -191,14 +192,14 @@ class SigmaInterpolation(diffrax.AbstractLocalInterpolation):
 class AsDiffrax(diffrax.AbstractSolver):
     """A solver of this library as a solver of diffrax; made by `as_diffrax`, `SteinCorrected`."""
 
-    solver: Solver
+    solver: AnySolver
     key_data: Array
     key_impl: Any = eqx.field(static=True)
 
     term_structure: ClassVar = diffrax.ODETerm
     interpolation_cls: ClassVar = SigmaInterpolation
 
-    def __init__(self, solver: Solver, key: Key | None = None) -> None:
+    def __init__(self, solver: AnySolver, key: Key | None = None) -> None:
         _checks.instance("solver", solver, Solver, "a deterministic solver such as DPMpp2M()")
         self.solver = solver
         # Plain numbers: in reverse mode, DirectAdjoint's loop cannot carry a typed key.
@@ -259,7 +260,7 @@ class AsDiffrax(diffrax.AbstractSolver):
         return terms.vf(t0, y0, args)
 
 
-def as_diffrax(solver: Solver, *, key: Key | None = None) -> AsDiffrax:
+def as_diffrax(solver: AnySolver, *, key: Key | None = None) -> AsDiffrax:
     """A solver of this library for `diffrax.diffeqsolve`, with its history in the solver state.
 
     The term must be a `probability_flow`, for a multistep solver one with its grid, and the steps
