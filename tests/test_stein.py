@@ -127,6 +127,18 @@ def test_a_step_to_zero_is_the_denoiser_s_estimate():
         assert_array_equal(solution.x, run(data, [2.0, 0.0], sd.DDIM(), x).x)
 
 
+@pytest.mark.parametrize("data", [mixture(), gaussian(2)], ids=type)
+def test_gradients_are_finite(data):
+    """Through powers, roots and clips, also where delta is 0, and where D is all regression."""
+    sigmas, x = sd.karras_sigmas(4), normal(6, 2, scale=80.0)
+
+    def loss(data, sigmas, x):
+        return jnp.sum(run(data, sigmas, sd.Stein(sd.DPMpp3M()), x).x ** 2)
+
+    gradients = jax.grad(loss, (0, 1, 2))(data, sigmas, x)
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+
+
 # --- PosteriorLength on any data -----------------------------------------------------------------
 
 
