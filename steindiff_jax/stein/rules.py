@@ -47,6 +47,7 @@ class LengthMoments(NamedTuple):
       noise: |e|^2.
       cross: <D, e>.
       delta: |delta|^2.
+      along: <delta, e>.
       surprise: |delta_previous - confirmed|^2.
       confirmed: |confirmed|^2, what delta_previous should have been, now that D is known.
       trace: tr J, from probes, or None.
@@ -56,6 +57,7 @@ class LengthMoments(NamedTuple):
     noise: Bands
     cross: Bands
     delta: Bands
+    along: Bands
     surprise: Bands
     confirmed: Bands
     trace: Bands | None
@@ -85,7 +87,7 @@ class PosteriorLength(Rule):
         delta <- gamma delta + (1 - gamma / g) eta (D - x),   gamma = g if g < 1 else g^(1 - R^2).
 
     Both are exact on Gaussian data, also where delta = 0: in a first step, for a first-order
-    solver. As steps shrink nothing is changed: the evaluation after a step tells how far its delta
+    solver. Of a delta that points away from delta* the share cos^2 is replaced by delta*. As steps shrink nothing is changed: the evaluation after a step tells how far its delta
     was right, and g becomes g^min(1, surprise / (1 - R^2)), with surprise the relative squared
     error of the previous delta. So a solver keeps its order. This project's rule.
 
@@ -114,6 +116,7 @@ class PosteriorLength(Rule):
             noise=inner(noise, noise),
             cross=inner(x0, noise),
             delta=inner(delta, delta),
+            along=inner(delta, noise),
             surprise=inner(surprise, surprise),
             confirmed=inner(confirmed, confirmed),
             trace=trace,
@@ -140,11 +143,16 @@ class PosteriorLength(Rule):
         doubt = jnp.minimum(divide(m.surprise, m.confirmed * nonlinear, 1.0), 1)
         g = jnp.clip(square, SMALL, 1 / SMALL) ** (doubt / 2)
         gamma = jnp.minimum(jnp.where(g < 1, g, g**nonlinear), self.gamma_max)
+        drift = jnp.maximum(1 - gamma / g, 0)
+        # eta < 0, so that delta* points along e; a delta that points the other way is left out.
+        wrong = divide(-m.along * jnp.abs(m.along), m.delta * m.noise, 0.0)
+        wrong = doubt * jnp.clip(wrong, 0, 1)
+        gamma, drift = (1 - wrong) * gamma, drift + wrong * (1 - drift)
         # A step to 0 returns the denoiser's estimate, whatever the data.
         made = sigma_next > 0
         return Lengths(
             gamma=jnp.where(made & (m.delta > 0), gamma, 1.0),
-            drift=jnp.where(made, jnp.maximum(1 - gamma / g, 0) * eta, 0.0),
+            drift=jnp.where(made, drift * eta, 0.0),
         )
 
     def delta(self, local: Local, coefficients: Lengths) -> Batch:
