@@ -87,9 +87,10 @@ class PosteriorLength(Rule):
         delta <- gamma delta + (1 - gamma / g) eta (D - x),   gamma = g if g < 1 else g^(1 - R^2).
 
     Both are exact on Gaussian data, also where delta = 0: in a first step, for a first-order
-    solver. Of a delta that points away from delta* the share cos^2 is replaced by delta*. As steps shrink nothing is changed: the evaluation after a step tells how far its delta
-    was right, and g becomes g^min(1, surprise / (1 - R^2)), with surprise the relative squared
-    error of the previous delta. So a solver keeps its order. This project's rule.
+    solver. Of a delta that points away from delta* the share cos^2 is replaced by delta*. As steps
+    shrink nothing is changed: the evaluation after a step tells how far its delta was right, and g
+    becomes g^min(1, surprise / (1 - R^2)), with surprise the relative squared error of the previous
+    delta. So a solver keeps its order. This project's rule.
 
     Attributes:
       gamma_max: gamma is at most this; the Gaussian step's direction makes up for the rest.
