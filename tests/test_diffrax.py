@@ -342,6 +342,7 @@ class TestErrors:
 
 def test_example():
     """Under a user's settings."""
+    pytest.importorskip("sklearn", reason="examples need pip install -e '.[dev]'")
     import diffrax_composition
 
     with jax.numpy_rank_promotion("allow"), jax.enable_x64(False):

@@ -10,6 +10,7 @@ import pytest
 import steindiff_jax as sd
 from steindiff_jax.interop import diffrax
 
+pytest.importorskip("sklearn", reason="examples need pip install -e '.[dev]'")
 ROOT = Path(__file__).parent.parent
 PAGES = {
     file.relative_to(ROOT).as_posix(): file.read_text(encoding="utf-8")

@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 import steindiff_jax as sd
 
+pytest.importorskip("sklearn", reason="examples need pip install -e '.[dev]'")
 HERE = Path(__file__)
 # Those that run elsewhere, and where.
 ELSEWHERE = {"diffrax_composition": "test_diffrax.py", "multihost": "test_multihost.py"}
