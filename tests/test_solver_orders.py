@@ -195,4 +195,5 @@ def test_order_with_posterior_length(solver, nominal):
 
 
 def test_posterior_length_of_one_step_solvers_on_a_geometric_grid():
-    assert abs(converge(sd.Stein(sd.DPMpp3S()), np.geomspace)[0] - 2) < 0.2
+    """Second order at least: the error of the first step, O(step^2), is only there in the end."""
+    assert 1.8 < converge(sd.Stein(sd.DPMpp3S()), np.geomspace)[0] < 2.8
