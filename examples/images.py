@@ -37,7 +37,8 @@ def images(directory=DATA, split="train", size=16):
     """CIFAR-10, (n, size, size, 3) with standard deviation SIGMA_DATA, and its labels (n,).
 
     `directory` holds cifar10_jpeg_train.npz (50,000 images) and cifar10_jpeg_test.npz (10,000):
-    `jpeg` all files end to end, `offsets` (n + 1) of each, `labels` (n,).
+    `jpeg` all files end to end, `offsets` (n + 1) of each, `labels` (n,). They may be sorted by
+    class, so that the images come in an order drawn once: the first of them are of all classes.
     """
     path = Path(directory) / f"cifar10_jpeg_{split}.npz"
     if not path.is_file():
@@ -48,7 +49,8 @@ def images(directory=DATA, split="train", size=16):
     x = np.stack([np.asarray(Image.open(f).convert("RGB")) for f in files])
     k = 32 // size
     x = x.reshape(-1, size, k, size, k, 3).mean(axis=(2, 4), dtype=np.float32)
-    return from_bytes(x), np.int32(label)
+    order = np.random.default_rng(0).permutation(len(x))
+    return from_bytes(x[order]), np.int32(label[order])
 
 
 def from_bytes(x):

@@ -7,7 +7,7 @@ those of this network alone: no published FID can be compared with a distance in
 
     python examples/images_classifier.py ../shared/data
 
-trains it, in fifteen minutes on a processor core, and prints its accuracy.
+trains it, in a quarter of an hour on two processor cores, and prints its accuracy.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""Train the U-Net of `images.py`: 16x16 on two processor cores (80 minutes) or 32x32 on a GPU.
+"""Train the U-Net of `images.py`: 16x16 on two processor cores (an hour or two) or 32x32 on a GPU.
 
     python examples/train_images.py ../shared/data
     python examples/train_images.py ../shared/data --size 32 --batch 512 --steps 200000 --minutes 25
