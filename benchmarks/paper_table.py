@@ -8,7 +8,7 @@
 {plain, the default rule, the paper's}, from a folder of diffusers (`load_diffusers`; a network that
 knows classes is asked for all in turn). Reference and features as in fid.py; latents need a
 `module:function` that decodes them first. A finished cell is written to the --output at once and
-not computed again by a run that is started anew. Everything streams: no image is kept.
+not computed again by a run that goes on. Everything streams: no image is kept.
 """
 
 import argparse

@@ -10,6 +10,11 @@ from jax.typing import ArrayLike
 from steindiff_jax.protocols import Batch, Key
 
 
+def is_key(key: Any) -> bool:
+    """Whether this is a key, or several."""
+    return isinstance(key, Array) and (is_typed(key) or (key.ndim > 0 and key.dtype == jnp.uint32))
+
+
 def one_each(key: Key) -> bool:
     """Whether these are keys (batch,), one for each sample, rather than one key for all."""
     return key.ndim > (0 if is_typed(key) else 1)

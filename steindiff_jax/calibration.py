@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 from collections import namedtuple
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +182,14 @@ class Calibrated(Wrapper):
                 raise ValueError(f"coefficients of shapes {shapes} for {sigmas.size} sigmas")
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        known = {kind._fields: kind for kind in (Gamma, Lengths)}
-        kind = known.get(names) or namedtuple("Coefficients", names)
-        coefficients = kind(*columns)
-        return cls(solver, sigmas, coefficients, table["fingerprint"])
+        return cls(solver, sigmas, _kind(names)(*columns), table["fingerprint"])
+
+
+@cache
+def _kind(names: tuple[str, ...]) -> type:
+    """The NamedTuple of these coefficients; always the same, for another would compile again."""
+    known = {kind._fields: kind for kind in (Gamma, Lengths)}
+    return known.get(names) or namedtuple("Coefficients", names)
 
 
 def calibrate(
@@ -248,7 +253,7 @@ BASES = {"Cosine": Cosine, "Whole": Whole}
 
 
 def _options(basis: Any) -> list:
-    """A basis of the library as a list that makes it anew; nothing of any other."""
+    """A basis of the library as a list to make it again from; nothing of any other."""
     name = type(basis).__name__
     if BASES.get(name) is not type(basis):
         return []

@@ -292,13 +292,13 @@ def guided(
 def _combine(d_c: Batch, d_u: Batch, scale: Scale, basis: Basis | None, sigma: Scalar) -> Batch:
     scale = jnp.asarray(scale(sigma) if callable(scale) else scale, d_c.dtype)
     if basis is not None:
-        event = d_c.shape[1:]
-        bands = len(basis.sizes(event))
+        partition = basis.partition(d_c.shape[1:])
+        bands = len(partition.sizes)
         if scale.shape != (bands,):
             raise ValueError(
                 f"scale must have a value for each of {bands} bands, got {scale.shape}"
             )
-        change = basis.inverse(basis.spread(scale, event) * basis.transform(d_c - d_u))
+        change = basis.inverse(partition.spread(scale) * basis.transform(d_c - d_u))
         return d_u + change
     if scale.shape not in ((), d_c.shape[:1]):
         raise ValueError(f"scale must have shape () or ({d_c.shape[0]},), got {scale.shape}")

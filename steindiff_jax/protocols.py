@@ -267,28 +267,43 @@ class Basis:
         """The x of these coefficients."""
         return coefficients
 
-    def inner(self, a: Batch, b: Batch) -> Bands:
-        """Inner products of coefficients within each band, in float32 or wider; (batch, bands)."""
-        product = (a * b).astype(jnp.promote_types(a.dtype, jnp.float32))
-        labels = self.labels(a.shape[1:]).reshape(-1)
-        if not labels.any():
-            return product.sum(axis=range(1, a.ndim))[:, None]
-        member = jnp.asarray(np.eye(labels.max() + 1)[labels], product.dtype)
-        flat = product.reshape(product.shape[0], -1)
-        return jnp.matmul(flat, member, precision=jax.lax.Precision.HIGHEST)
+    def partition(self, event: tuple[int, ...]) -> "Partition":
+        """The bands of the coefficients of an event, with sums over them."""
+        return Partition(self.labels(event))
 
-    def spread(self, values: Array, event: tuple[int, ...]) -> Array:
+
+class Partition:
+    """Coefficients (batch, *event) by bands.
+
+    Attributes:
+      labels: band of each coefficient, integers from 0 without gaps; of shape event.
+      sizes: (bands,) how many coefficients each band has.
+    """
+
+    def __init__(self, labels: np.ndarray) -> None:
+        self.labels = labels
+        self.sizes = np.bincount(labels.reshape(-1), minlength=1)
+
+    def inner(self, a: Batch, b: Batch) -> Bands:
+        """Inner products within each band, in float32 or wider; (batch, bands)."""
+        product = (a * b).astype(jnp.promote_types(a.dtype, jnp.float32))
+        if len(self.sizes) == 1:
+            return product.sum(axis=range(1, a.ndim))[:, None]
+        member = np.arange(len(self.sizes)) == self.labels.reshape(-1, 1)
+        flat = product.reshape(product.shape[0], -1)
+        return jnp.matmul(
+            flat, jnp.asarray(member, product.dtype), precision=jax.lax.Precision.HIGHEST
+        )
+
+    def spread(self, values: Array) -> Array:
         """A value for each band, (bands,) or (batch, bands), at each coefficient of that band.
 
         Returns (1 or batch, *event), where there is one band with 1 for each axis of the event.
         """
-        labels = self.labels(event)
         values = jnp.atleast_2d(values)
-        return values[:, labels] if labels.any() else values.reshape(-1, *([1] * len(event)))
-
-    def sizes(self, event: tuple[int, ...]) -> np.ndarray:
-        """How many coefficients each band has; (bands,)."""
-        return np.bincount(self.labels(event).reshape(-1), minlength=1)
+        if len(self.sizes) == 1:
+            return values.reshape(-1, *([1] * self.labels.ndim))
+        return values[:, self.labels]
 
 
 class Jacobian(NamedTuple):

@@ -1,6 +1,7 @@
 """The driver: one scan over the sigmas."""
 
 import dataclasses
+import weakref
 from functools import partial
 from typing import Any
 
@@ -48,8 +49,8 @@ def sample(
     Call it as it is, or inside your own jit, vmap, grad and scan. Called as it is, it compiles once
     for each shape and number of steps: another key, another grid, other numbers in the solver and
     other weights in a pytree denoiser do not trace again. A denoiser that is a plain function is
-    known by its identity, as under `jax.jit`: what it closes over is read once, and kept for as
-    long as its program is. Pass weights that change in a pytree (`from_linen`, `from_nnx`,
+    known by its identity, as under `jax.jit`: what it closes over is read once, and each new one
+    compiles again. Pass weights that change in a pytree (`from_linen`, `from_nnx`,
     `jax.tree_util.Partial`).
 
     Args:
@@ -72,7 +73,7 @@ def sample(
       `Solution`. Its x is in float32 or wider, whatever the network computes in.
 
     Raises:
-      ValueError: for a grid that is not one, a solver that is none, a shape and an x_init that
+      ValueError: for an invalid grid, anything else than a solver, a shape and an x_init that
         disagree, an integer x_init, a denoiser whose result has another shape or dtype than x.
         Non-finite samples raise nothing: they are marked in info.finite and left out of the
         statistics.
@@ -82,7 +83,7 @@ def sample(
     _checks.instance("solver", solver, AnySolver, "a solver such as Stein(IPNDM(3))")
     if not callable(denoiser) or isinstance(denoiser, type):
         raise ValueError(f"denoiser must be a function (x, sigma) -> x0, got {denoiser!r}")
-    if not isinstance(key, Array) or key.ndim < (0 if _random.is_typed(key) else 1):
+    if not _random.is_key(key):
         raise ValueError(f"key must be of jax.random, such as jax.random.key(0), got {key!r}")
     if not isinstance(sigmas, Tracer):
         solver.check(sigmas)
@@ -99,11 +100,12 @@ def sample(
     padded = (
         not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(np.asarray(sigmas)[-2] == 0)
     )
-    parts = jax.tree.map(partial(_as_data, dtype=sigmas.dtype), (denoiser, solver, record))
-    return _sample(key, *parts, sigmas, x_init, shape=shape, padded=padded, remat=remat)
+    leaves, structure = jax.tree.flatten((denoiser, solver, record))
+    parts = structure.unflatten([_as_data(leaf, sigmas.dtype) for leaf in leaves])
+    program = _program(leaves)
+    return program(key, *parts, sigmas, x_init, shape=shape, padded=padded, remat=remat)
 
 
-@partial(jax.jit, static_argnames=("shape", "padded", "remat"))
 def _sample(
     key: Key,
     denoiser: Any,
@@ -171,9 +173,34 @@ def _scan_padded(body: Any, start: State, inputs: tuple, kept_apart: Any) -> tup
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """A part of a pytree that belongs to the program: a function, a string."""
+    """A part of a pytree that belongs to the program: a string, a weak reference to a function."""
 
     value: Any
+
+
+_PROGRAMS: dict[tuple, Any] = {}
+
+
+def _program(leaves: list) -> Any:
+    """`_sample`, jitted, for the functions among the leaves: freed with the first of them.
+
+    The cache of one `jit` for all would keep each function, and the weights that it closes over.
+    """
+    functions = tuple(weakref.ref(leaf) for leaf in leaves if _by_identity(leaf))
+    if functions not in _PROGRAMS:
+        program = jax.jit(partial(_sample), static_argnames=("shape", "padded", "remat"))
+        forget = [weakref.ref(f(), lambda _: _PROGRAMS.pop(functions, None)) for f in functions]
+        _PROGRAMS[functions] = program, forget
+    return _PROGRAMS[functions][0]
+
+
+def _by_identity(leaf: Any) -> bool:
+    """Whether it is a function, or a like object, that is equal to itself alone.
+
+    Not a method, which is another object each time that it is looked up.
+    """
+    kind = type(leaf)
+    return callable(leaf) and kind.__eq__ is object.__eq__ and kind.__weakrefoffset__ != 0
 
 
 def _as_data(leaf: Any, dtype: Any) -> Any:
@@ -183,11 +210,14 @@ def _as_data(leaf: Any, dtype: Any) -> Any:
     if isinstance(leaf, float | np.floating) or (weak and jnp.issubdtype(leaf.dtype, jnp.floating)):
         return jnp.asarray(leaf, dtype)
     # What is traced is an Array, but no ArrayLike.
-    return leaf if isinstance(leaf, (Array, ArrayLike)) else Static(leaf)
+    if isinstance(leaf, (Array, ArrayLike)):
+        return leaf
+    return Static(weakref.ref(leaf) if _by_identity(leaf) else leaf)
 
 
 def _from_data(leaf: Any) -> Any:
-    return leaf.value if isinstance(leaf, Static) else leaf
+    value = leaf.value if isinstance(leaf, Static) else leaf
+    return value() if isinstance(value, weakref.ref) else value
 
 
 def _check_denoiser(denoiser: Denoiser, x: Batch, sigma: Scalar) -> None:

@@ -36,8 +36,8 @@ def sample_many(
 ) -> Iterator[np.ndarray]:
     """Draw n samples, `batch_size` at a time, as a stream of arrays or into a directory.
 
-    Sample i has a key of its own, fold_in(key, i): with statistics="sample" it is the same whatever
-    the batch size; with statistics="batch" gamma is that of its batch. Where n is no multiple of
+    Sample i has a key of its own, fold_in(key, i). With statistics="sample" and a given basis it is
+    the same whatever the batch size; otherwise gamma, and the default basis, are those of its batch. Where n is no multiple of
     the batch size the last batch overlaps the previous one so that it is full; only its new samples
     are returned.
 
@@ -61,7 +61,7 @@ def sample_many(
       are computed one by one; with a directory they are all written first and mapped from there.
 
     Raises:
-      ValueError: n or batch_size that is no integer from 1 on; conditioning of other than n rows; a
+      ValueError: n or batch_size that is not a positive integer; conditioning of other than n rows; a
         directory that holds another run (other arguments or, known on a single host only, another
         denoiser) or damaged files, which it names.
     """

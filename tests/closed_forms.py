@@ -92,7 +92,8 @@ class Banded:
         return self._scaled(x, jnp.sqrt((c + sigma_next**2) / (c + sigma**2)))
 
     def _scaled(self, x, factors):
-        scaled = self.basis.spread(factors, x.shape[1:]) * self.basis.transform(x - self.mean[None])
+        factors = self.basis.partition(x.shape[1:]).spread(factors)
+        scaled = factors * self.basis.transform(x - self.mean[None])
         return self.mean[None] + self.basis.inverse(scaled)
 
 

@@ -52,14 +52,16 @@ def test_the_cosine_transform_is_scipy_s(event):
 def test_orthonormal(basis, event):
     x, y = normal(4, *event), normal(4, *event, seed=1)
     assert_allclose(basis.inverse(basis.transform(x)), x, atol=1e-13)
-    together = basis.inner(basis.transform(x), basis.transform(y)).sum(1)
+    inner = basis.partition(event).inner
+    together = inner(basis.transform(x), basis.transform(y)).sum(1)
     assert_allclose(together, np.sum(x * y, axis=tuple(range(1, x.ndim))), atol=1e-12)
 
 
 @cases
 def test_bands(basis, event):
     """Labels without gaps; sizes, inner products and spreading against loops over the bands."""
-    labels, sizes = basis.labels(event), basis.sizes(event)
+    labels, partition = basis.labels(event), basis.partition(event)
+    sizes = partition.sizes
     assert labels.shape == event
     assert_array_equal(np.unique(labels), np.arange(len(sizes)))
     assert_array_equal(sizes, [np.sum(labels == k) for k in range(len(sizes))])
@@ -67,10 +69,10 @@ def test_bands(basis, event):
     a, b, values = normal(4, *event), normal(4, *event, seed=1), normal(4, len(sizes))
     products = np.multiply(a, b)
     expected = [[row[labels == k].sum() for k in range(len(sizes))] for row in products]
-    assert_allclose(basis.inner(a, b), expected, atol=1e-12)
+    assert_allclose(partition.inner(a, b), expected, atol=1e-12)
     for value in (values, values[:1], values[0]):
         rows = np.atleast_2d(value)
-        spread = np.broadcast_to(basis.spread(value, event), (len(rows), *event))
+        spread = np.broadcast_to(partition.spread(value), (len(rows), *event))
         for k in range(len(sizes)):
             assert np.all(spread[:, labels == k] == rows[:, k, None])
 
@@ -79,13 +81,14 @@ def test_bands_are_octaves_of_frequency():
     """Of a cosine along one axis, all energy is in the band of its octave, whatever the colour."""
     basis, n = sd.Cosine(8), 32
     transform = jax.jit(basis.transform)
-    assert len(basis.sizes((n, n, 3))) == 12
+    partition = basis.partition((n, n, 3))
+    assert len(partition.sizes) == 12
     place, seen = np.arange(n) + 0.5, []
     for frequency in (0, 1, 2, 3, 4, 7, 8, 15, 16, 31):
         wave = np.cos(np.pi * frequency * place / n)[:, None, None]
         grey = np.broadcast_to(wave, (1, n, n, 3))
         coloured = grey * np.array([1.0, -1.0, 0.0])
-        energies = [basis.inner(c, c)[0] for c in map(transform, (grey, coloured))]
+        energies = [partition.inner(c, c)[0] for c in map(transform, (grey, coloured))]
         bands = [int(np.argmax(energy)) for energy in energies]
         assert_allclose([e[k] / e.sum() for e, k in zip(energies, bands, strict=True)], 1.0)
         assert bands[1] == bands[0] + 6
@@ -105,15 +108,15 @@ def test_an_axis_that_is_shorter_is_of_the_same_frequencies():
 def test_the_default_has_numbers_enough(batch, event):
     """200 in a batch for each band, and no finer basis has them."""
     basis = default_basis((batch, *event))
-    assert batch * basis.sizes(event).min() >= 200
+    assert batch * basis.partition(event).sizes.min() >= 200
     if isinstance(basis, sd.Cosine) and basis.bands < 8:
-        finer = sd.Cosine(basis.bands + 1).sizes(event)
-        assert batch * finer.min() < 200 or len(finer) == len(basis.sizes(event))
+        finer = sd.Cosine(basis.bands + 1).partition(event).sizes
+        assert batch * finer.min() < 200 or len(finer) == len(basis.partition(event).sizes)
 
 
 def test_the_default_by_shape():
-    assert len(default_basis((1, 32, 32, 3)).sizes((32, 32, 3))) > 2
-    sizes = [len(default_basis((n, 32, 32, 3)).sizes((32, 32, 3))) for n in (1, 16, 256)]
+    assert len(default_basis((1, 32, 32, 3)).partition((32, 32, 3)).sizes) > 2
+    sizes = [len(default_basis((n, 32, 32, 3)).partition((32, 32, 3)).sizes) for n in (1, 16, 256)]
     assert sizes == sorted(set(sizes))
     for shape in ((1000, 2), (1000, 500), (1, 4, 4, 3), (5,), (4, 0, 3)):
         assert default_basis(shape) == sd.Whole()
@@ -139,4 +142,4 @@ def test_the_default_basis_in_a_run():
     shape = (16, 16, 16, 3)
     data = Banded(normal(*shape[1:]), 0.5 ** jnp.arange(9.0), sd.Cosine(8))
     solution = sd.sample(jax.random.key(0), data, shape, sigmas=np.array([3.0, 1.0, 0.2]))
-    assert solution.info.gamma.shape == (2, len(default_basis(shape).sizes(shape[1:])))
+    assert solution.info.gamma.shape == (2, len(default_basis(shape).partition(shape[1:]).sizes))

@@ -475,7 +475,7 @@ def test_guidance_with_a_scale_for_each_band():
     """Equal scales are the plain one; one that differs guides its band alone."""
     one, other = PAIRS["one network"]()
     x, s, basis = normal(3, 8, 8, 3), jnp.asarray(0.8), sd.Cosine(2)
-    bands = len(basis.sizes((8, 8, 3)))
+    bands = len(basis.partition((8, 8, 3)).sizes)
     assert bands == 4
     plain = sd.guided(one, other, 3.0)(x, s)
     denoiser = sd.guided(one, other, jnp.full(bands, 3.0), basis=basis)

@@ -83,6 +83,10 @@ BAD = {
         lambda: sd.Stein(sd.DPMpp2MSDE()),
         "inner must be a deterministic solver.*DPMpp2MSDE",
     ),
+    "stochastic first step": (
+        lambda: sd.AnalyticalFirst(sd.Churn()),
+        "inner must be a deterministic solver.*Churn",
+    ),
     "probes": (lambda: sd.Hutchinson(probes=0), "probes must be at least 1, got 0"),
     "derivative": (lambda: sd.Hutchinson(derivative="vjq"), "one of .*'secant'.*got 'vjq'"),
     "solver by its name": (lambda: draw(solver="ddim"), "solver must be a solver.*got 'ddim'"),
@@ -96,6 +100,10 @@ BAD = {
     "key 0": (
         lambda: sd.sample(0, mixture(), (4, 2), sigmas=GRID),
         r"key must be of jax.random, such as jax.random.key\(0\), got 0",
+    ),
+    "float key": (
+        lambda: sd.sample(jnp.ones(2), mixture(), (4, 2), sigmas=GRID),
+        "key must be of jax.random.*got",
     ),
     "key of numpy": (
         lambda: sd.sample(np.zeros(2, np.uint32), mixture(), (4, 2), sigmas=GRID),

@@ -119,8 +119,9 @@ def test_own_basis(script):
     basis, x = own.Haar(), jnp.ones((3, 8, 8, 2))
     assert_allclose(basis.inverse(basis.transform(x)), x, rtol=1e-5)
     # An image of one brightness lies in the first band.
-    assert_allclose(basis.inner(basis.transform(x), basis.transform(x))[:, 1:], 0, atol=1e-6)
-    assert list(basis.sizes((8, 8, 2))) == [2, 6, 24, 96]
+    partition = basis.partition((8, 8, 2))
+    assert_allclose(partition.inner(basis.transform(x), basis.transform(x))[:, 1:], 0, atol=1e-6)
+    assert list(partition.sizes) == [2, 6, 24, 96]
     distances = script("own_basis", BASES={"Haar()": basis}).main()
     assert all(distance < 1 for distance in distances["Haar()"])
 

@@ -467,8 +467,9 @@ def of_a_basis(name, draw):
     x = jnp.arange(2.0 * math.prod(event)).reshape(2, *event)
     back = basis.inverse(basis.transform(x))
     np.testing.assert_allclose(back, x, rtol=1e-9, atol=1e-9)
-    assert (basis.sizes(event) > 0).all()
-    assert basis.inner(x, x).shape == (2, len(basis.sizes(event)))
+    partition = basis.partition(event)
+    assert (partition.sizes > 0).all()
+    assert partition.inner(x, x).shape == (2, len(partition.sizes))
     return back
 
 

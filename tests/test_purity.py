@@ -74,6 +74,19 @@ def test_traces_once():
         assert traces(call) == 0, changed
 
 
+def test_all_kinds_of_numbers_are_one_program():
+    """A guidance scale as Python's int and float, numpy's and JAX's, weak and strong."""
+    kinds = [int, float, np.float32, np.float64, np.int64, np.asarray, jnp.asarray, jnp.float32]
+
+    def guided(kind):
+        return draw(sd.guided(Counted(normal(5, 2)), mixture(), kind(2)), sd.DDIM())
+
+    expected = guided(float).x
+    for kind in kinds:
+        assert traces(lambda kind=kind: guided(kind)) == 0, kind
+        assert_array_equal(guided(kind).x, expected)
+
+
 def test_traces_anew():
     """Whatever is part of the program: shapes, static fields, the classes themselves."""
     means = normal(5, 2)
@@ -307,20 +320,56 @@ def test_record_sees_every_step():
 # --- What is kept --------------------------------------------------------------------------------
 
 
-def test_what_a_closure_holds_is_freed_with_its_program():
-    """Its program keeps it, as under `jax.jit`; `jax.clear_caches` frees both."""
+def test_what_a_function_holds_is_freed_with_it():
+    """And with it its program, which holds the same as constants."""
     held = []
+
+    class Scale:
+        def __init__(self, weights):
+            self.weights = weights
+
+        def __call__(self, x, s):
+            return x * self.weights[None] / (1 + s**2)
 
     def forget():
         weights = jnp.full(2, 0.5 + len(held))
         held.append(weakref.ref(weights))
-        draw(lambda x, s: x * weights[None] / (1 + s**2), sd.DDIM())
+        function, record = Scale(weights).__call__, lambda state, step: state.x * weights[None]  # noqa: ARG005
+        for denoiser in (
+            lambda x, s: function(x, s),
+            Scale(weights),
+            partial(lambda w, x, s: x * w[None] / (1 + s**2), weights),
+            sd.guided(lambda x, s: function(x, s), Scale(weights), 2.0),
+        ):
+            draw(denoiser, sd.DDIM(), record=record)
 
-    for _ in range(3):
+    for _ in range(2):
         forget()
-    jax.clear_caches()
     gc.collect()
-    assert [reference() for reference in held] == [None] * 3
+    assert [reference() for reference in held] == [None] * 2
+
+
+def test_a_leaf_made_anew():
+    """A denoiser whose function is another object whenever its leaves are taken."""
+
+    @jax.tree_util.register_pytree_node_class
+    class Anew:
+        function = None
+
+        def tree_flatten(self):
+            return (self.function or (lambda x, s: x / (1 + s**2)),), None
+
+        @classmethod
+        def tree_unflatten(cls, _, children):
+            new = cls()
+            (new.function,) = children
+            return new
+
+        def __call__(self, x, s):
+            return self.function(x, s)
+
+    expected = draw(lambda x, s: x / (1 + s**2), sd.DDIM()).x
+    assert_allclose(draw(Anew(), sd.DDIM()).x, expected, rtol=1e-12)
 
 
 def test_weights_that_are_data_are_not_kept():

@@ -223,7 +223,7 @@ class Rotated(sd.Basis):
 @pytest.mark.parametrize("rule", [sd.PosteriorLength(), sd.StepEnergy()], ids=type)
 def test_the_basis_within_a_band_is_without_influence(rule):
     event, base = (4, 4, 2), sd.Cosine(2)
-    sizes = base.sizes(event)
+    sizes = base.partition(event).sizes
     rotations = tuple(jnp.linalg.qr(normal(n, n, seed=n))[0] for n in sizes)
     means, x = normal(4, 32), normal(BATCH, *event, seed=1, scale=3.0)
 

@@ -159,7 +159,7 @@ def noises(key, x):
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_sde_dpm_solver(kind, eta):
     """Against its formulas in lambda, with the same noise."""
-    solver = sd.DPMpp2MSDE(eta, kind)
+    solver = sd.DPMpp2MSDE(kind, eta)
     state, x, last = start(solver), X, None
     for i, (sigma, sigma_next) in enumerate(pairwise(SIGMAS)):
         key = jax.random.key(i)
@@ -195,9 +195,29 @@ def test_churn():
         assert_allclose(state.x, x, rtol=1e-10)
 
 
+@sd.pytree
+class Ancestral(sd.StochasticSolver):
+    """A stochastic solver of a user: back to x0, and noise anew."""
+
+    def advance(self, key, denoiser, state, sigma, sigma_next):
+        x0 = denoiser(state.x, sigma)
+        return sd.State(x0 + sigma_next * sd.noise(key, state.x), ()), sd.Step(x0, 0 * x0)
+
+
+def test_a_stochastic_solver_of_the_user():
+    """With one key for all samples, and with one for each, whose draws depend on no other."""
+    keys, many = jax.random.split(jax.random.key(3), 4), {"sigmas": SIGMAS, "solver": Ancestral()}
+    one = sd.sample(jax.random.key(3), mixture(), (4, 2), **many)
+    each = sd.sample(keys, mixture(), (4, 2), **many)
+    alone = sd.sample(keys[2:], mixture(), (2, 2), **many)
+    assert_allclose(alone.x, each.x[2:], rtol=1e-12)
+    for solution in (one, each):
+        assert len(np.unique(solution.x, axis=0)) == 4
+
+
 @pytest.mark.parametrize(
     "solver",
-    [sd.DPMpp2MSDE(eta=1.0), sd.DPMpp2MSDE(0.5, "heun"), sd.Churn(sd.Heun()), sd.Churn(sd.DPM2())],
+    [sd.DPMpp2MSDE(eta=1.0), sd.DPMpp2MSDE("heun", 0.5), sd.Churn(sd.Heun()), sd.Churn(sd.DPM2())],
     ids=str,
 )
 def test_stochastic_solvers_keep_the_variance(solver):

@@ -199,7 +199,7 @@ def test_bases_are_orthonormal(basis, event):
     c = basis.transform(x)
     np.testing.assert_allclose(basis.inverse(c), x, atol=1e-12)
     np.testing.assert_allclose((c**2).sum(), (x**2).sum(), rtol=1e-12)
-    assert basis.sizes(event).sum() == x[0].size
+    assert basis.partition(event).sizes.sum() == x[0].size
 
 
 @pytest.mark.parametrize("delta", [1e-4, 0.3, 30.0])

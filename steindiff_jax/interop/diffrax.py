@@ -81,7 +81,7 @@ def probability_flow(denoiser: Denoiser, sigmas: ArrayLike | None = None) -> dif
 def times(sigmas: ArrayLike) -> Array:
     """The times -log sigma of a grid without its last 0, such as `karras_sigmas(8)[:-1]`.
 
-    ValueError for a grid that is not one, or ends in 0 as far as its values are known.
+    ValueError for an invalid grid, or one that ends in 0 as far as its values are known.
     """
     grid = at_least_float32(check_sigmas(sigmas))
     if not isinstance(grid, Tracer) and grid[-1] == 0:
@@ -105,7 +105,7 @@ def to_data(solution: diffrax.Solution, denoiser: Denoiser) -> Batch:
 class FromDiffrax(Solver):
     """One step of an explicit Runge-Kutta method of diffrax in t = -log sigma, as a `Solver`.
 
-    It remembers nothing: methods that share an evaluation between steps (FSAL) make it anew, at the
+    It remembers nothing: methods that share an evaluation between steps (FSAL) make it again, at the
     state that was in fact reached. A step to sigma = 0 is first order, one evaluation.
 
     solver: Euler, Heun, Midpoint, Ralston, Bosh3, Tsit5, Dopri5, Dopri8. ValueError for others.

@@ -114,13 +114,13 @@ class DPMpp2MSDE(StochasticSolver):
     second order in its deterministic part. The `Step` is that of the ODE.
 
     Attributes:
-      eta: 1 is the reverse SDE of Song et al. 2021 (arXiv:2011.13456), 0 the ODE.
       kind: see `DPMpp2M`.
+      eta: 1 is the reverse SDE of Song et al. 2021 (arXiv:2011.13456), 0 the ODE.
       lower_order_final: see `Multistep`.
     """
 
-    eta: Numeric = number(default=1.0, within="[0, inf)")
     kind: str = static(default="midpoint", choices=KINDS)
+    eta: Numeric = number(default=1.0, within="[0, inf)")
     lower_order_final: bool = static(default=False)
 
     __post_init__ = _checks.fields

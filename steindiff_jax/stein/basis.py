@@ -69,7 +69,7 @@ def _default(batch: int, *event: int) -> Basis:
     if len(event) > 1 and min(event) > 0:
         for bands, colour in [*((n, True) for n in range(8, 0, -1)), (2, False)]:
             basis = Cosine(bands, colour)
-            sizes = basis.sizes(event)
+            sizes = basis.partition(event).sizes
             if len(sizes) > 1 and batch * sizes.min() >= ENOUGH:
                 return basis
     return Whole()

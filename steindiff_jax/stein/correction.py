@@ -22,6 +22,7 @@ from steindiff_jax.protocols import (
     Jacobian,
     Key,
     Local,
+    Partition,
     Previous,
     Rule,
     Scalar,
@@ -31,7 +32,6 @@ from steindiff_jax.protocols import (
     Step,
     Wrapper,
     ddim,
-    evaluate,
 )
 from steindiff_jax.stein.basis import default_basis
 from steindiff_jax.stein.estimators import Tweedie
@@ -110,26 +110,29 @@ class Stein(Wrapper):
             nfe = 1
         elif not isinstance(self.estimator, Tweedie):
             raise ValueError(f"x0 is given: {self.estimator!r} has no evaluation to probe")
-        step, memory, local = self._propose(key_inner, denoiser, state, sigma, sigma_next, x0)
-        basis = self.basis_of(state.x.shape)
+
+        def propose(denoiser: Denoiser, x: Batch, x0: Batch) -> tuple[Step, Any]:
+            here = State(x, state.memory.inner)
+            return self.inner.step(key_inner, denoiser, here, sigma, sigma_next, x0=x0)
 
         def next_x(x: Batch, x0: Batch) -> Batch:
             outside = denoiser if jacobian is not None and jacobian.directional else _refuse
-            here = state._replace(x=x)
-            proposed, *_ = self._propose(key_inner, outside, here, sigma, sigma_next, x0)
-            return ddim(x, x0 + proposed.delta, sigma, sigma_next)
+            return ddim(x, x0 + propose(outside, x, x0)[0].delta, sigma, sigma_next)
 
+        step, memory = propose(denoiser, state.x, x0)
+        step = step._replace(nfe=step.nfe + nfe)
+        basis = self.basis_of(state.x.shape)
+        partition = basis.partition(state.x.shape[1:])
+        local = self._local(basis, partition, state, step, sigma, sigma_next)
         local = local._replace(
-            trace=lambda: _trace(basis, jacobian),
+            trace=lambda: _trace(basis, partition, jacobian),
             step_trace=lambda: _step_trace(next_x, state.x, x0, local, basis, jacobian),
         )
-        moments = self.rule.moments(local)
-        sizes = local.sizes
+        moments, sizes = self.rule.moments(local), local.sizes
         if self.statistics == "batch":
             moments, sizes = batch_mean(moments, self.axis_name), sizes[0]
         coefficients = self.rule.coefficients(moments, sizes, sigma, sigma_next)
-        step = step._replace(nfe=step.nfe + nfe)
-        return self._corrected(step, local, coefficients), memory
+        return self._corrected(basis, partition, step, memory, local, coefficients)
 
     def replay(
         self,
@@ -143,47 +146,52 @@ class Stein(Wrapper):
         x0: Batch | None = None,
     ) -> tuple[Step, Memory]:
         """The step with given coefficients: no statistics, no probes, no communication."""
-        key_inner, _ = _random.split(key)
-        x0, nfe = evaluate(denoiser, state.x, sigma, x0)
-        step, memory, local = self._propose(key_inner, denoiser, state, sigma, sigma_next, x0)
-        step = step._replace(nfe=step.nfe + nfe)
-        return self._corrected(step, local, coefficients), memory
+        key, _ = _random.split(key)
+        here = State(state.x, state.memory.inner)
+        step, memory = self.inner.step(key, denoiser, here, sigma, sigma_next, x0=x0)
+        basis = self.basis_of(state.x.shape)
+        partition = basis.partition(state.x.shape[1:])
+        local = self._local(basis, partition, state, step, sigma, sigma_next)
+        return self._corrected(basis, partition, step, memory, local, coefficients)
 
-    def _propose(
+    def _local(
         self,
-        key: Key,
-        denoiser: Denoiser,
+        basis: Basis,
+        partition: Partition,
         state: State,
+        step: Step,
         sigma: Scalar,
         sigma_next: Scalar,
-        x0: Batch,
-    ) -> tuple[Step, Memory, Local]:
-        """The inner solver's step, and the same in the coefficients of the basis."""
-        x, (inner, previous) = state
-        step, inner = self.inner.step(key, denoiser, State(x, inner), sigma, sigma_next, x0=x0)
-        basis = self.basis_of(x.shape)
+    ) -> Local:
         # In one product: a delta of zeros by itself would be transformed while compiling.
-        x, x0, delta = jax.vmap(basis.transform)(jnp.stack([x, x0, step.delta]))
-        local = Local(
+        x, x0, delta = jax.vmap(basis.transform)(jnp.stack([state.x, step.x0, step.delta]))
+        return Local(
             x=x,
             x0=x0,
             delta=delta,
-            previous=previous,
+            previous=state.memory.previous,
             sigma=sigma,
             sigma_next=sigma_next,
-            sizes=jnp.asarray(basis.sizes(x.shape[1:])[None], at_least_float32(x).dtype),
-            inner=basis.inner,
+            sizes=jnp.asarray(partition.sizes[None], at_least_float32(x).dtype),
+            inner=partition.inner,
             centred=differences if self.statistics == "batch" else lambda a: a,
             trace=lambda: None,
             step_trace=_no_trace,
         )
-        return step, Memory(inner, Previous(local.x0, local.delta, sigma)), local
 
-    def _corrected(self, step: Step, local: Local, coefficients: Any) -> Step:
-        event, basis = local.x.shape[1:], self.basis_of(local.x.shape)
-        spread = jax.tree.map(lambda value: basis.spread(value, event), coefficients)
-        delta = basis.inverse(self.rule.delta(local, spread)).astype(step.delta.dtype)
-        return step._replace(delta=delta, coefficients=coefficients)
+    def _corrected(
+        self,
+        basis: Basis,
+        partition: Partition,
+        step: Step,
+        memory: Any,
+        local: Local,
+        coefficients: Any,
+    ) -> tuple[Step, Memory]:
+        delta = self.rule.delta(local, jax.tree.map(partition.spread, coefficients))
+        delta = basis.inverse(delta).astype(step.delta.dtype)
+        previous = Previous(local.x0, local.delta, local.sigma)
+        return step._replace(delta=delta, coefficients=coefficients), Memory(memory, previous)
 
 
 @pytree
@@ -220,11 +228,11 @@ def differences(a: Batch) -> Array:
     return (pairs[:, 0] - pairs[:, 1]) * 0.5**0.5
 
 
-def _trace(basis: Basis, jacobian: Jacobian | None) -> Bands | None:
+def _trace(basis: Basis, partition: Partition, jacobian: Jacobian | None) -> Bands | None:
     """Trace of J in each band, by the probes."""
     if jacobian is None:
         return None
-    across = jax.vmap(lambda a, b: basis.inner(basis.transform(a), basis.transform(b)))
+    across = jax.vmap(lambda a, b: partition.inner(basis.transform(a), basis.transform(b)))
     return across(jacobian.v, jacobian.jv).sum(0)
 
 

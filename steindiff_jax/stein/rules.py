@@ -144,7 +144,7 @@ class PosteriorLength(Rule):
         doubt = jnp.minimum(divide(m.surprise, m.confirmed * nonlinear, 1.0), 1)
         g = jnp.clip(square, SMALL, 1 / SMALL) ** (doubt / 2)
         gamma = jnp.minimum(jnp.where(g < 1, g, g**nonlinear), self.gamma_max)
-        drift = jnp.maximum(1 - gamma / g, 0)
+        drift = jnp.where(m.delta > 0, jnp.maximum(1 - gamma / g, 0), 1.0)
         # eta < 0, so that delta* points along e; a delta that points the other way is left out.
         wrong = divide(-m.along * jnp.abs(m.along), m.delta * m.noise, 0.0)
         wrong = doubt * jnp.clip(wrong, 0, 1)
