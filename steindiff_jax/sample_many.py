@@ -37,9 +37,9 @@ def sample_many(
     """Draw n samples, `batch_size` at a time, as a stream of arrays or into a directory.
 
     Sample i has a key of its own, fold_in(key, i). With statistics="sample" and a given basis it is
-    the same whatever the batch size; otherwise gamma, and the default basis, are those of its batch. Where n is no multiple of
-    the batch size the last batch overlaps the previous one so that it is full; only its new samples
-    are returned.
+    the same whatever the batch size; otherwise gamma, and the default basis, are those of its batch.
+    Where n is no multiple of the batch size the last batch overlaps the previous one so that it is
+    full; only its new samples are returned.
 
     Args:
       key: of `jax.random`, one.
@@ -61,9 +61,9 @@ def sample_many(
       are computed one by one; with a directory they are all written first and mapped from there.
 
     Raises:
-      ValueError: n or batch_size that is not a positive integer; conditioning of other than n rows; a
-        directory that holds another run (other arguments or, known on a single host only, another
-        denoiser) or damaged files, which it names.
+      ValueError: n or batch_size that is not a positive integer; conditioning of other than n rows;
+        a directory that holds another run (other arguments or, known on a single host only,
+        another denoiser) or damaged files, which it names.
     """
     n, event = _checks.count("n", n), _checks.shape("event", event)
     size = min(_checks.count("batch_size", batch_size), n)

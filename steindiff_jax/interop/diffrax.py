@@ -105,8 +105,8 @@ def to_data(solution: diffrax.Solution, denoiser: Denoiser) -> Batch:
 class FromDiffrax(Solver):
     """One step of an explicit Runge-Kutta method of diffrax in t = -log sigma, as a `Solver`.
 
-    It remembers nothing: methods that share an evaluation between steps (FSAL) make it again, at the
-    state that was in fact reached. A step to sigma = 0 is first order, one evaluation.
+    It remembers nothing: methods that share an evaluation between steps (FSAL) make it again, at
+    the state that was in fact reached. A step to sigma = 0 is first order, one evaluation.
 
     solver: Euler, Heun, Midpoint, Ralston, Bosh3, Tsit5, Dopri5, Dopri8. ValueError for others.
     """
