@@ -37,7 +37,7 @@ def sample_many(
     """Draw n samples, `batch_size` at a time, as a stream of arrays or into a directory.
 
     Sample i has a key of its own, fold_in(key, i). With statistics="sample" and a given basis it is
-    the same whatever the batch size; otherwise gamma, and the default basis, are those of its batch.
+    the same whatever the batch size; otherwise gamma and the default basis are those of its batch.
     Where n is no multiple of the batch size the last batch overlaps the previous one so that it is
     full; only its new samples are returned.
 
