@@ -17,7 +17,7 @@ from steindiff_jax.schedules import EDM
 
 # Least l of `PosteriorLength`, as a share of the linear a. States of a sampler hold errors that
 # the identity takes for nonlinearity, and an l of 0 would stop the solver.
-LEAST = 0.1
+LEAST = 0.3
 SMALL = 1e-18  # a ratio that stands for 0, and its inverse for infinity, also in float32
 
 
@@ -78,11 +78,10 @@ class PosteriorLength(Rule):
 
         tr J / d = a - (1 - R^2) Var D / (sigma^2 d):
 
-    the linear part without noise, and the identity only for the rest (at least a tenth of a, where
-    that is more). delta* also says how long the
-    solver's own delta should be, g = |delta*| / |delta|. One that is too long is shortened. For one
-    that is too short R^2, the share of D's variance that is linear, decides what makes up for it,
-    its own direction or that of the Gaussian step:
+    the linear part without noise, and the identity only for the rest (at least 0.3 a, where that is
+    more). delta* also says how long the solver's own delta should be, g = |delta*| / |delta|. One
+    that is too long is shortened. For one that is too short R^2, the share of D's variance that is
+    linear, decides what makes up for it, its own direction or that of the Gaussian step:
 
         delta <- gamma delta + (1 - gamma / g) eta (D - x),   gamma = g if g < 1 else g^(1 - R^2).
 
