@@ -50,7 +50,9 @@ def _(*_):
 
 
 NAMED = pytest.mark.parametrize(
-    "index", range(len(SOLVERS)), ids=[type(s.rule).__name__ for s in SOLVERS]
+    "index",
+    [0, 1, pytest.param(2, marks=pytest.mark.slow)],
+    ids=[type(s.rule).__name__ for s in SOLVERS],
 )
 
 

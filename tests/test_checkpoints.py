@@ -60,10 +60,16 @@ def output(name, folder):
     return found
 
 
+def some(names, every):
+    """All of them, of which the quick run takes one in `every`."""
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=slow if i % every else ()) for i, n in enumerate(names)]
+
+
 # --- Parity --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", peer.CONFIGS)
+@pytest.mark.parametrize("name", some(peer.CONFIGS, 3))
 def test_output_is_that_of_diffusers(name, tmp_path):
     """What torch computed from the same weights, in float32."""
     found = output(name, write(tmp_path, name))
@@ -85,7 +91,7 @@ def test_output_is_that_of_diffusers_as_installed(name, tmp_path):
     assert_allclose(output(name, tmp_path), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", peer.TRAJECTORIES)
+@pytest.mark.parametrize("name", some([*peer.TRAJECTORIES][::-1], 2))
 def test_trajectory_is_that_of_diffusers(name, tmp_path):
     """DDIM of its scheduler: noise to sample through files, schedule, prediction and solver."""
     states, steps = reference()[f"{name}/ddim"], reference()[f"{name}/timesteps"]
@@ -132,6 +138,7 @@ def test_schedule_and_prediction(name, tmp_path):
     assert prediction == published[config["prediction_type"]]
 
 
+@pytest.mark.slow
 def test_derivative_in_float64(tmp_path):
     """That of every correction's probe; and the output has the dtype of x."""
     module, variables, _, _ = load_diffusers(write(tmp_path, SMALLEST))

@@ -428,7 +428,13 @@ def test_a_guidance_scale_for_each_sample(pair, shape):
 
 
 @pytest.mark.parametrize(
-    "solver", [sd.DPMpp2M(), sd.Heun(), sd.Stein(sd.IPNDM(3), statistics="sample")], ids=repr
+    "solver",
+    [
+        sd.DPMpp2M(),
+        pytest.param(sd.Heun(), marks=pytest.mark.slow),
+        sd.Stein(sd.IPNDM(3), statistics="sample"),
+    ],
+    ids=type,
 )
 @pytest.mark.parametrize("pair", PAIRS)
 def test_a_guidance_scale_for_each_sample_through_solvers(pair, solver):

@@ -52,6 +52,7 @@ def test_spectral_norm_is_the_largest_singular_value():
     assert np.all(found.residual < 1e-6)
 
 
+@pytest.mark.slow
 def test_an_early_estimate_is_a_lower_bound_and_its_residual_says_so():
     function, jacobian = rotation_and_stretch()
     x = normal(50, 6)
@@ -101,6 +102,7 @@ def test_a_first_order_step_meets_the_certificate():
     assert_array_equal(found.expanding, 0.0)
 
 
+@pytest.mark.slow
 def test_a_first_order_step_never_violates_it_however_few_iterations():
     """Here the residual is large, and a mixture's Jacobian differs from sample to sample."""
     x = normal(64, 2, scale=6.0)
@@ -142,6 +144,7 @@ def test_a_multistep_step_exceeds_the_certificate_by_its_history(statistics):
         assert_array_equal(found.violations, [0, 1, 1, 1, 0])
 
 
+@pytest.mark.slow
 def test_the_trap_by_brute_force():
     """Half-way between two sharp modes L_D = (a / sigma)^2 or so, above 1; nearer to one, not."""
     sigma, means = 0.3, jnp.array([[0.8, 0.0], [-0.8, 0.0]])
@@ -160,6 +163,7 @@ def test_the_trap_by_brute_force():
     assert_allclose(found.expanding, 1 / 3)
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_dimension():
     def temporary(d):
         def profile(x):
@@ -190,7 +194,9 @@ def test_discrepancy_of_gaussian_data_at_another_level():
     assert_allclose(found.sigma, truth, rtol=1e-9)
 
 
-@pytest.mark.parametrize("estimator", [sd.Exact(), sd.Hutchinson(2)], ids=type)
+@pytest.mark.parametrize(
+    "estimator", [sd.Exact(), pytest.param(sd.Hutchinson(2), marks=pytest.mark.slow)], ids=type
+)
 def test_discrepancy_measures_calibration(estimator):
     """On noised data: 1 for the exact denoiser, not for one that shrinks or sees another sigma."""
     denoiser, n, rng = mixture(), 20_000, np.random.default_rng(3)

@@ -54,7 +54,11 @@ class TestAsDiffrax:
     )
     @pytest.mark.parametrize(
         "solver",
-        [sd.DPMpp2M(), sd.UniPC(), sd.Stein(sd.DPMpp3M(), estimator=sd.Hutchinson())],
+        [
+            sd.DPMpp2M(),
+            pytest.param(sd.UniPC(), marks=pytest.mark.slow),
+            sd.Stein(sd.DPMpp3M(), estimator=sd.Hutchinson()),
+        ],
         ids=name,
     )
     def test_numbers_of_sample(self, solver, dtype, bound):
@@ -174,6 +178,7 @@ class TestSteinCorrected:
         assert abs(gamma - 1) > 0.01
         np.testing.assert_allclose(y1, y - gamma * u, rtol=1e-10)
 
+    @pytest.mark.slow
     def test_vmap_over_solves(self):
         """Per-sample statistics as in the batch; batch statistics through the name of the axis."""
         y0 = normal(5, 2, seed=6, scale=20.0)
@@ -261,7 +266,10 @@ class TestGradients:
         "solver",
         [
             SteinCorrected(diffrax.Bosh3(), rule=sd.StepEnergy(gamma_max=2.0)),
-            as_diffrax(sd.Stein(sd.DPMpp2M(), estimator=sd.Hutchinson())),
+            pytest.param(
+                as_diffrax(sd.Stein(sd.DPMpp2M(), estimator=sd.Hutchinson())),
+                marks=pytest.mark.slow,
+            ),
         ],
         ids=["SteinCorrected", "as_diffrax"],
     )

@@ -109,7 +109,7 @@ class Halved(nn.Module):
         return nn.Dense(2, dtype=self.dtype, param_dtype=jnp.float32)(h)
 
 
-@pytest.mark.parametrize("half", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("half", [jnp.bfloat16, pytest.param(jnp.float16, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ["Heun", "Stein", "Stein, default"])
 def test_narrow_network(name, half):
     """State, statistics and coefficients stay in float32, near those of the float32 network."""
@@ -146,7 +146,9 @@ def test_a_narrow_start_is_widened(dtype):
     np.testing.assert_array_equal(low.x, wide.x)
 
 
-@pytest.mark.parametrize("option", [np.float64(0.5), jnp.float64(0.5)], ids=type)
+@pytest.mark.parametrize(
+    "option", [np.float64(0.5), pytest.param(jnp.float64(0.5), marks=pytest.mark.slow)], ids=type
+)
 def test_wider_options_and_grids_change_no_dtype(option):
     """The start decides: what comes in float64 is rounded to it."""
     start, grid, denoiser = narrow(normal(4, 2)), sd.karras_sigmas(3), narrow(mixture())

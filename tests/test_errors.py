@@ -184,7 +184,7 @@ def failing(x: Array, sigma: Array) -> Array:
     [
         sd.DPMpp2M(),
         sd.Stein(sd.DPMpp2M(), sd.StepEnergy()),
-        sd.Stein(sd.DPMpp2M(), estimator=sd.Exact()),
+        pytest.param(sd.Stein(sd.DPMpp2M(), estimator=sd.Exact()), marks=pytest.mark.slow),
         sd.Stein(sd.DPMpp2M(), sd.CleanTarget(), statistics="sample"),
     ],
     ids=["plain", "batch", "batch, exact", "per sample"],

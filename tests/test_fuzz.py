@@ -730,7 +730,7 @@ def check(name, factor):
 
     # The same search in every quick run, another one in each long one.
     @settings(
-        max_examples=max(1, factor * examples // 3),
+        max_examples=max(1, factor * examples // 6),
         derandomize=factor == 1,
         deadline=None,
         database=None,

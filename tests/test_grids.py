@@ -144,7 +144,9 @@ def test_a_grid_in_time_from_infinity_is_refused(schedule):
     assert np.isfinite(sd.time_sigmas(5, schedule, t_max=0.999)).all()
 
 
-@pytest.mark.parametrize("solver", [sd.Stein(sd.DPMpp3M()), sd.Heun()], ids=type)
+@pytest.mark.parametrize(
+    "solver", [sd.Stein(sd.DPMpp3M()), pytest.param(sd.Heun(), marks=pytest.mark.slow)], ids=type
+)
 def test_padding_changes_nothing(solver):
     """Grids padded with zeros share one program and give what the grid alone gives."""
     traces = []

@@ -61,6 +61,7 @@ def test_hutchinson_is_unbiased():
     assert abs(found.mean() - exact(data, x)[0]) < 4 * error
 
 
+@pytest.mark.slow
 def test_gradient_is_the_score():
     data, x = gaussian(), normal(3, 3, seed=3)
     covariance = np.asarray(data.covariance) + SIGMA_MIN**2 * np.eye(3)

@@ -248,7 +248,12 @@ def test_vmap_over_floats_grids_and_weights():
     assert_allclose(jax.vmap(one)(*arguments), loop, rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", SOLVERS)
+QUICK = ("2M", "Stein IPNDM")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in QUICK else pytest.mark.slow) for n in SOLVERS]
+)
 def test_gradients(name):
     """With respect to weights, sigmas and x_init, through the step to sigma = 0."""
 
@@ -276,6 +281,7 @@ def test_gradients(name):
         assert_allclose(slope, (up - down) / (2 * step), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 def test_gradient_with_respect_to_the_solver_s_floats():
     def loss(curvature):
         return jnp.square(draw(mixture(), sd.DPMpp3M(curvature)).x).sum()
@@ -395,8 +401,10 @@ def test_weights_that_are_data_are_not_kept():
 # --- Export --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("event", [(3,), (8, 8, 3)], ids=["vectors", "images"])
-@pytest.mark.parametrize("statistics", ["batch", "sample"])
+@pytest.mark.parametrize(
+    "event", [pytest.param((3,), marks=pytest.mark.slow), (8, 8, 3)], ids=["vectors", "images"]
+)
+@pytest.mark.parametrize("statistics", ["batch", pytest.param("sample", marks=pytest.mark.slow)])
 def test_export_with_a_symbolic_batch(event, statistics):
     """The numbers of a direct call, as classes, for even and odd batches.
 

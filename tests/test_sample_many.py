@@ -241,6 +241,7 @@ def test_start_may_be_donated():
     assert plan.alias_size_in_bytes == x.nbytes
 
 
+@pytest.mark.slow
 def test_old_style_keys():
     """Arrays of two words, one or one for each sample, give what the new ones do."""
     old, new = jax.random.PRNGKey(3), keys(0, 4)
