@@ -203,12 +203,12 @@ def test_report_says_first_where_a_peer_wins(tmp_path):
     assert (tmp_path / "report.md").read_text() == text
     assert (tmp_path / "quality.png").stat().st_size > 1000
     assert (tmp_path / "speed.png").stat().st_size > 1000
-    wins, *_, goals = text.split("## Where a peer wins")[1].partition("## Goals")
+    wins, *_, best = text.split("## Where a peer wins")[1].partition("## Best against best")
     assert "above 1 in 4 of 8 cases" in wins
     assert "| clumps | 7 | 10 | 5.00 | DPM++ 2M (diffusers), Karras |" in wins
     assert "default, network: 2.00 times" in wins
     assert "overhead" not in wins
-    assert "| exact mixtures | 7 | 0.50 (0.50) | 5.00 (5.00)* |" in goals
+    assert "| exact mixtures | 7 | 0.50 (0.50) | 5.00 (5.00)* |" in best
     assert "broken, Karras: not finite in 1 of 1 runs" in text
     assert f"jax {jax.__version__}" in text
     readme = tmp_path / "README.md"
