@@ -160,10 +160,16 @@ CORRECTED = [
     *[(sd.IPNDM(order), 2) for order in (2, 4)],
     *[(sd.UniPC(order, lower_order_final=False), order + 1) for order in (1, 2, 3)],
 ]
-corrected = pytest.mark.parametrize(("solver", "nominal"), CORRECTED, ids=str)
 
 
-@pytest.mark.parametrize(("solver", "nominal"), CORRECTED[::3], ids=str)
+def corrected(every):
+    """All of `CORRECTED`, of which the quick run takes one in `every`."""
+    slow = pytest.mark.slow
+    rows = [pytest.param(*c, marks=slow if i % every else ()) for i, c in enumerate(CORRECTED)]
+    return pytest.mark.parametrize(("solver", "nominal"), rows, ids=str)
+
+
+@corrected(6)
 def test_order_with_step_energy(solver, nominal):
     """Second at most, for its gamma is 1 - O(step); unclipped above, so that it is never 1."""
     steps = (192, 768)
@@ -181,7 +187,7 @@ def test_order_with_step_energy_of_each_sample():
     assert abs(converge(solver, np.geomspace, std=0.2)[0] - 2) < 0.2
 
 
-@corrected
+@corrected(3)
 def test_order_with_posterior_length(solver, nominal):
     """The solver's own up to the third, for its gamma is 1 - O(step^2) but in the first steps.
 

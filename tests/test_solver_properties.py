@@ -29,6 +29,7 @@ MULTISTEP = [
 ]
 ONE_STEP = [sd.DDIM(), sd.Heun(), sd.DPM2(), sd.DPMpp2S(), sd.DPMpp3S()]
 PLAIN = [*MULTISTEP, *ONE_STEP]
+QUICK = (sd.IPNDM, sd.DPMpp2M, sd.UniPC, sd.DDIM, sd.Heun)
 # Estimators that draw no probes, which would have directions and belong to places in the batch.
 CORRECTED = [sd.Stein(solver) for solver in PLAIN[::2]]
 CORRECTED += [sd.Stein(sd.Heun(), estimator=sd.Exact())]
@@ -47,7 +48,16 @@ def name(solver):
 
 
 def solvers(*groups):
-    return pytest.mark.parametrize("solver", [s for group in groups for s in group], ids=name)
+    """Those of `QUICK` always, and one of them inside a correction; all with `-m slow`."""
+    rows = [s for group in groups for s in group]
+    quick = [
+        type(s) in QUICK or s in (CORRECTED[1], *SAMPLE, *STOCHASTIC, *ANALYTICAL) for s in rows
+    ]
+    rows = [
+        pytest.param(s, marks=() if q else pytest.mark.slow)
+        for s, q in zip(rows, quick, strict=True)
+    ]
+    return pytest.mark.parametrize("solver", rows, ids=name)
 
 
 class Problem(NamedTuple):

@@ -85,7 +85,11 @@ def assert_exact_flow(solver, data, x, sigmas, tolerance):
 GRIDS = [[80.0, 5.0, 1.0, 0.05], [5.0, 3.0, 2.0, 1.2], [1.0, 0.3, 0.2, 0.002]]
 
 
-@pytest.mark.parametrize("solver", SOLVERS, ids=str)
+@pytest.mark.parametrize(
+    "solver",
+    [pytest.param(s, marks=pytest.mark.slow if i % 2 else ()) for i, s in enumerate(SOLVERS)],
+    ids=str,
+)
 def test_exact_on_gaussian_data(solver):
     """Any solver makes the exact step, in one step and in three, from any sigma to any other.
 
@@ -110,7 +114,7 @@ def test_exact_on_gaussian_data_with_few_samples(batch, statistics):
         assert_exact_flow(stein, data, x, np.array(grid), 1e-9)
 
 
-@pytest.mark.parametrize("solver", [sd.DDIM(), sd.Heun(), sd.DPMpp2M()], ids=str)
+@pytest.mark.parametrize("solver", [sd.DDIM(), sd.DPMpp2M()], ids=str)
 def test_exact_on_gaussian_data_in_float32(solver):
     data, grid = banded(), np.array(GRIDS[0], np.float32)
     x = data.mean[None] + normal(4, *EVENT, seed=1, scale=grid[0])
@@ -310,7 +314,9 @@ def corrected_run(solver, rule, tweedie, clip, alpha=None):
 
 @pytest.mark.parametrize("estimator", [sd.Exact(), sd.Tweedie()], ids=["Exact", "Tweedie"])
 @pytest.mark.parametrize("rule", ["StepEnergy", *SCHEDULES], ids=str)
-@pytest.mark.parametrize("solver", [sd.DPMpp2M(), sd.IPNDM(2), sd.Heun()], ids=type)
+@pytest.mark.parametrize(
+    "solver", [sd.DPMpp2M(), pytest.param(sd.IPNDM(2), marks=pytest.mark.slow), sd.Heun()], ids=type
+)
 def test_runs_on_gaussian_data(solver, rule, estimator):
     name, tweedie = type(solver).__name__, isinstance(estimator, sd.Tweedie)
     z = whitened(16, 3)
