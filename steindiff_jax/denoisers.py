@@ -1,4 +1,4 @@
-"""From a score network to a denoiser: prediction -> x0, Flax adapters, guidance.
+"""From a score network to a denoiser: prediction -> x0, Flax adapters, thresholds.
 
 A denoiser is any callable (x, sigma) -> x0 estimate with x = x0 + sigma * noise. The adapters here
 call a network the way it was trained, on alpha x at time t, and are pytrees: weights and
@@ -17,10 +17,9 @@ from jax import Array
 from steindiff_jax import _checks
 from steindiff_jax._numerics import at_least_float32, expand
 from steindiff_jax._pytree import number, pytree, static
-from steindiff_jax.protocols import Basis, Batch, Denoiser, Numeric, Scalar, Schedule, Sigmas
+from steindiff_jax.protocols import Batch, Denoiser, Numeric, Scalar, Schedule, Sigmas
 
 Cond = Mapping[str, Any]
-Scale = Numeric | Callable[[Scalar], Any]
 
 # What the network's output F means: x0 from F, the network's input x, alpha and sigma.
 PREDICTIONS: dict[str, Callable[[Array, Array, Array, Array], Array]] = {
@@ -208,107 +207,6 @@ class _Nnx:
         return f
 
 
-@pytree
-class Guided:
-    """D = unconditional + scale (conditional - unconditional); made by `guided`."""
-
-    conditional: Denoiser
-    unconditional: Denoiser
-    scale: Scale
-    basis: Basis | None = None
-
-    def check(self, sigmas: Sigmas) -> None:
-        check(self.conditional, sigmas)
-
-    def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        d_c, d_u = self.conditional(x, sigma), self.unconditional(x, sigma)
-        return _combine(d_c, d_u, self.scale, self.basis, sigma)
-
-    def rows(self, take: Callable[[Array], Array]) -> "Guided":
-        """See `Network.rows`."""
-        branches = rows(self.conditional, take), rows(self.unconditional, take)
-        return Guided(*branches, _scale_rows(self.scale, self.basis, take), self.basis)
-
-
-@pytree
-class GuidedNetwork:
-    """`Guided` where both branches are one network: evaluated in one call on 2 batch rows."""
-
-    network: Network
-    unconditional: Cond
-    scale: Scale
-    basis: Basis | None = None
-
-    def check(self, sigmas: Sigmas) -> None:
-        self.network.check(sigmas)
-
-    def __call__(self, x: Batch, sigma: Scalar) -> Batch:
-        # Branches alternate row by row, so that a sharded batch stays where it is.
-        def both(c: Array, u: Array) -> Array:
-            return jnp.stack([c, u], axis=1).reshape(2 * c.shape[0], *c.shape[1:])
-
-        cond = jax.tree.map(both, dict(self.network.cond), dict(self.unconditional))
-        d = dataclasses.replace(self.network, cond=cond)(both(x, x), sigma)
-        d_c, d_u = jnp.moveaxis(d.reshape(x.shape[0], 2, *x.shape[1:]), 1, 0)
-        return _combine(d_c, d_u, self.scale, self.basis, sigma)
-
-    def rows(self, take: Callable[[Array], Array]) -> "GuidedNetwork":
-        """See `Network.rows`."""
-        fewer = jax.tree.map(take, dict(self.unconditional))
-        scale = _scale_rows(self.scale, self.basis, take)
-        return GuidedNetwork(self.network.rows(take), fewer, scale, self.basis)
-
-
-def guided(
-    conditional: Denoiser, unconditional: Denoiser, scale: Scale, *, basis: Basis | None = None
-) -> Guided | GuidedNetwork:
-    """Classifier-free guidance: D_u + scale (D_c - D_u); scale=1 is the conditional denoiser.
-
-    Ho & Salimans 2022, arXiv:2207.12598. Two adapters that differ in nothing but the values of
-    `cond` (same network, same arrays of weights) are evaluated in one batched network call.
-
-    Args:
-      conditional: D_c.
-      unconditional: D_u; any other denoiser will do, such as a worse network (autoguidance).
-      scale: a number; an array (batch,), one for each sample; or a function of sigma that returns
-        either, such as `lambda sigma: jnp.where(sigma < 5, 3.0, 1.0)` (guidance interval).
-      basis: with a basis, scale has the values of its bands, (bands,): frequency-decoupled
-        guidance (Sadat et al. 2025, arXiv:2506.19713).
-
-    ValueError: a scale that is not finite.
-    """
-    if not callable(scale):
-        _checks.number("scale", scale, "(-inf, inf)")
-        scale = _checks.as_float(scale)
-    if (
-        isinstance(conditional, Network)
-        and isinstance(unconditional, Network)
-        and _differ_in_cond_alone(conditional, unconditional)
-    ):
-        return GuidedNetwork(conditional, unconditional.cond, scale, basis)
-    return Guided(conditional, unconditional, scale, basis)
-
-
-def _combine(d_c: Batch, d_u: Batch, scale: Scale, basis: Basis | None, sigma: Scalar) -> Batch:
-    scale = jnp.asarray(scale(sigma) if callable(scale) else scale, d_c.dtype)
-    if basis is not None:
-        partition = basis.partition(d_c.shape[1:])
-        bands = len(partition.sizes)
-        if scale.shape != (bands,):
-            raise ValueError(
-                f"scale must have a value for each of {bands} bands, got {scale.shape}"
-            )
-        change = basis.inverse(partition.spread(scale) * basis.transform(d_c - d_u))
-        return d_u + change
-    if scale.shape not in ((), d_c.shape[:1]):
-        raise ValueError(f"scale must have shape () or ({d_c.shape[0]},), got {scale.shape}")
-    return d_u + expand(scale, d_c) * (d_c - d_u)
-
-
-def _scale_rows(scale: Scale, basis: Basis | None, take: Callable) -> Scale:
-    return take(scale) if basis is None and not callable(scale) and jnp.ndim(scale) else scale
-
-
 class _Threshold:
     """A denoiser whose x0 is limited by `limit_x0`."""
 
@@ -374,19 +272,3 @@ def rows(denoiser: Denoiser, take: Callable[[Array], Array]) -> Denoiser:
 def check(denoiser: Denoiser, sigmas: Sigmas) -> None:
     """What the denoiser has to say of a grid, if anything."""
     getattr(denoiser, "check", lambda _: None)(sigmas)
-
-
-def _differ_in_cond_alone(a: Network, b: Network) -> bool:
-    def shapes(network: Network) -> Any:
-        return jax.tree.map(lambda leaf: (jnp.shape(leaf), jnp.result_type(leaf)), network.cond)
-
-    leaves_a, tree_a = jax.tree.flatten(dataclasses.replace(a, cond={}))
-    leaves_b, tree_b = jax.tree.flatten(dataclasses.replace(b, cond={}))
-    pairs = zip(leaves_a, leaves_b, strict=tree_a == tree_b)
-    same = tree_a == tree_b and all(x is y or _equal(x, y) for x, y in pairs)
-    return same and bool(a.cond) and shapes(a) == shapes(b)
-
-
-def _equal(x: Any, y: Any) -> bool:
-    """Equal Python numbers, such as a schedule's; arrays count only if they are the same object."""
-    return isinstance(x, int | float) and isinstance(y, int | float) and x == y

@@ -295,7 +295,35 @@ def _(draw):
         a, b = (
             by_hand({"label": np.full(n, i)}, schedule=sd.EDM(), prediction="x0") for i in range(2)
         )
-    return evaluated(sd.guided(a, b, scale), x, 0.5)
+    rescale = draw.number(0.0, 1.0, (*NO_NUMBER, -0.1, 1.1))
+    prediction = draw(["x0", "flow"], ["score", *NAMES])
+    return evaluated(sd.guided(a, b, scale, rescale=rescale, prediction=prediction), x, 0.5)
+
+
+def of_a_guidance(make, draw):
+    """A scale or a difference, in a guided denoiser."""
+    made, x = make(draw), samples(draw)
+    a, b = gaussian, DENOISER if x.shape[1:] == (2,) else gaussian
+    if isinstance(made, sd.APG | sd.MAMBOG | sd.CFGZeroStar):
+        return evaluated(sd.guided(a, b, 3.0, difference=made), x, 0.5)
+    return evaluated(sd.guided(a, b, made), x, 0.5)
+
+
+GUIDANCE = {
+    "APG": lambda draw: sd.APG(
+        draw.number(-1.0, 1.0, NO_NUMBER), draw.number(0.1, 9.0, (NAN, 0.0, -1.0, 1j))
+    ),
+    "MAMBOG": lambda draw: sd.MAMBOG(draw.number(0.0, 9.0, UNSIGNED)),
+    "CFGZeroStar": lambda draw: sd.CFGZeroStar(),  # noqa: ARG005
+    "CFGpp": lambda draw: sd.CFGpp(draw.number(-1.0, 1.0, NO_NUMBER), draw(GRIDS, NO_GRID)),
+    "GuidanceInterval": lambda draw: sd.GuidanceInterval(
+        draw.number(-3.0, 10.0, NO_NUMBER),
+        draw.number(0.0, 1.0, (NAN, -1.0, 1j)),
+        draw.number(0.4, 9.0, (NAN, -1.0, 1j)),
+    ),
+}
+for name, make in GUIDANCE.items():
+    fuzz(name, 12)(partial(of_a_guidance, make))
 
 
 @fuzz("StaticThreshold", 20)
@@ -398,6 +426,17 @@ SOLVERS = {
         draw([1, 3], ORDERS), draw(["bh1", "bh2"], NAMES), **multistep(draw)
     ),
     "AnalyticalFirst": lambda draw: sd.AnalyticalFirst(draw([sd.Heun(), sd.IPNDM(2)])),
+    "DPMpp3MSDE": lambda draw: sd.DPMpp3MSDE(
+        draw.number(-2.0, 2.0, NO_NUMBER), draw(["heun"], NAMES), draw.number(0.0, 3.0, UNSIGNED)
+    ),
+    "DPMppSDE": lambda draw: sd.DPMppSDE(
+        draw.number(0.1, 1.0, PLACE), draw.number(0.0, 1.0, (*UNSIGNED, 1.1))
+    ),
+    "Ancestral": lambda draw: sd.Ancestral(
+        draw([sd.DDIM(), sd.DPM2()], [sd.DPMpp2M()]),
+        draw.number(0.0, 1.0, (*UNSIGNED, 1.1)),
+        draw.number(0.0, 2.0, UNSIGNED),
+    ),
     "Churn": lambda draw: sd.Churn(
         draw([sd.Heun(), sd.DDIM()], [sd.DPMpp2M()]),
         draw.number(0.0, 80.0, (NAN, -1.0, -INF, 1j)),

@@ -193,7 +193,7 @@ def test_rows_of_an_interval():
 
 
 def test_cfg_pp():
-    """x' = D + sigma' (x - D_u) / sigma, D = D_u + strength (D_c - D_u), arXiv:2406.08070."""
+    """A step is x' = D + sigma' (x - D_u) / sigma, D = D_u + strength (D_c - D_u), 2406.08070."""
     conditional, unconditional = mixture(3, 2), mixture(5, 2, seed=1)
     grid, x = np.array([4.0, 1.5, 0.6, 0.1, 0.0]), np.asarray(normal(6, 2, scale=4.0))
     denoiser = sd.guided(conditional, unconditional, sd.CFGpp(0.6, grid))
@@ -224,5 +224,5 @@ def test_wrong_options(options, message):
     with pytest.raises(ValueError, match=message):
         combined(**options)
     for wrong in (lambda: sd.APG(norm=0.0), lambda: sd.CFGpp(0.5, np.array([1.0, 2.0]))):
-        with pytest.raises(ValueError, match="norm|sigmas"):
+        with pytest.raises(ValueError, match=r"norm|sigmas"):
             wrong()

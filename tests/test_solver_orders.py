@@ -125,6 +125,9 @@ ORDERS = [
     (sd.AnalyticalFirst(sd.DPMpp2M()), graded, 2),
     # The deterministic part of the stochastic ones.
     (sd.DPMpp2MSDE(eta=0.0), np.geomspace, 2),
+    (sd.DPMpp3MSDE(1.0, eta=0.0), graded, 3),
+    (sd.DPMppSDE(eta=0.0), np.geomspace, 2),
+    (sd.Ancestral(sd.DPM2(), eta=0.0), np.geomspace, 2),
     (sd.Churn(sd.Heun(), churn=0.0), np.geomspace, 2),
     # Third order with all of the second difference's weight and second, as every public "3M", with
     # half of it; the form of the few second-order steps has no part in that.

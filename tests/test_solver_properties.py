@@ -36,7 +36,7 @@ CORRECTED += [sd.Stein(sd.Heun(), estimator=sd.Exact())]
 # Energies of x - D, which a translation leaves as they are; of D itself only with a batch's mean.
 CORRECTED += [sd.Stein(s, sd.StepEnergy(), statistics="sample") for s in (sd.DPMpp2M(), sd.DPM2())]
 SAMPLE = [sd.Stein(sd.IPNDM(3), statistics="sample")]
-STOCHASTIC = [sd.Churn(), sd.DPMpp2MSDE()]
+STOCHASTIC = [sd.Churn(), sd.DPMpp2MSDE(), sd.Ancestral(), sd.DPMppSDE()]
 ANALYTICAL = [sd.AnalyticalFirst(sd.DPMpp2M())]  # takes the data for standard normal at the start
 
 draws = settings(max_examples=4, deadline=None, derandomize=True, database=None)

@@ -7,7 +7,7 @@ noise: prediction="x0" and "epsilon" here. A step to sigma = 0 returns the denoi
 """
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jaxtyping import Float
 
 from steindiff_jax import _checks, _random
@@ -23,9 +23,11 @@ from steindiff_jax.protocols import (
     State,
     Step,
     StochasticSolver,
+    ddim,
 )
 from steindiff_jax.solvers.multistep import Memory, Multistep, Weights, interpolation_weights
 from steindiff_jax.solvers.runge_kutta import RungeKutta, Tableau
+from steindiff_jax.solvers.wrappers import ancestral
 
 PREDICTED = ("x0", "epsilon")
 KINDS = ("midpoint", "heun")
@@ -99,14 +101,45 @@ class DPMpp3M(Multistep):
     def weights(self, sigmas: Sigmas) -> Weights:
         z, count = log_snr(sigmas), self.past_used(sigmas, 3)
         scale = jnp.stack([jnp.ones_like(z[0]), jnp.asarray(self.curvature, z.dtype)])
-        row = scale[None] * moments_of(jnp.diff(z), 3, self.prediction)
+        row = scale[None] * self.moments(jnp.diff(z))
         if self.kind == "midpoint":
             row = jnp.where(count[:, None] == 1, 0.5, row)
         return interpolation_weights(z, row, count)
 
+    def moments(self, h: Float[Array, " steps"]) -> Float[Array, "steps 2"]:
+        """The first two moments."""
+        return moments_of(h, 3, self.prediction)
+
+
+class MultistepSDE(StochasticSolver):
+    """Base of the multistep solvers of the reverse SDE; a subclass gives the deterministic part."""
+
+    eta: Numeric
+
+    __post_init__ = _checks.fields
+
+    def deterministic(self) -> Multistep:
+        """The solver whose x0 has the weight e^((1 + eta) u)."""
+        raise NotImplementedError
+
+    def init(self, x: Batch, sigmas: Sigmas) -> Memory:
+        return self.deterministic().init(x, sigmas)
+
+    def advance(
+        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
+    ) -> tuple[State, Step]:
+        step, memory = self.deterministic().step(key, denoiser, state, sigma, sigma_next)
+        h = jnp.log(sigma / jnp.where(sigma_next > 0, sigma_next, sigma))
+        kept = sigma_next / sigma * jnp.exp(-self.eta * h)
+        # Never exactly 0 under the root, whose derivative is infinite there.
+        variance = jnp.maximum(-jnp.expm1(-2 * self.eta * h), jnp.finfo(h.dtype).tiny)
+        x = kept * state.x + (1 - kept) * (step.x0 + step.delta)
+        x += sigma_next * jnp.sqrt(variance) * _random.normal(key, state.x)
+        return State(x, memory), step
+
 
 @pytree
-class DPMpp2MSDE(StochasticSolver):
+class DPMpp2MSDE(MultistepSDE):
     """SDE-DPM-Solver++(2M): `DPMpp2M` for the reverse SDE, in k-diffusion's form.
 
         x' = q^(1+eta) x + (1 - q^(1+eta))(x0 + delta) + sigma' sqrt(1 - q^(2 eta)) noise,
@@ -123,24 +156,7 @@ class DPMpp2MSDE(StochasticSolver):
     eta: Numeric = number(default=1.0, within="[0, inf)")
     lower_order_final: bool = static(default=False)
 
-    __post_init__ = _checks.fields
-
-    def init(self, x: Batch, sigmas: Sigmas) -> Memory:
-        return self._deterministic().init(x, sigmas)
-
-    def advance(
-        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
-    ) -> tuple[State, Step]:
-        step, memory = self._deterministic().step(key, denoiser, state, sigma, sigma_next)
-        h = jnp.log(sigma / jnp.where(sigma_next > 0, sigma_next, sigma))
-        kept = sigma_next / sigma * jnp.exp(-self.eta * h)
-        # Never exactly 0 under the root, whose derivative is infinite there.
-        variance = jnp.maximum(-jnp.expm1(-2 * self.eta * h), jnp.finfo(h.dtype).tiny)
-        x = kept * state.x + (1 - kept) * (step.x0 + step.delta)
-        x += sigma_next * jnp.sqrt(variance) * _random.normal(key, state.x)
-        return State(x, memory), step
-
-    def _deterministic(self) -> "Stretched2M":
+    def deterministic(self) -> "Stretched2M":
         return Stretched2M(self.kind, self.eta, lower_order_final=self.lower_order_final)
 
 
@@ -152,6 +168,76 @@ class Stretched2M(DPMpp2M):
 
     def slope(self, h: Float[Array, " steps"]) -> Float[Array, "steps 1"]:
         return super().slope(h * (1 + self.eta))
+
+
+@pytree
+class DPMpp3MSDE(MultistepSDE):
+    """SDE-DPM-Solver++(3M): `DPMpp3M` for the reverse SDE, in k-diffusion's form; see `DPMpp2MSDE`.
+
+    Attributes:
+      curvature: see `DPMpp3M`.
+      kind: see `DPMpp3M`.
+      eta: see `DPMpp2MSDE`.
+      lower_order_final: see `Multistep`.
+    """
+
+    curvature: Numeric = number(default=0.5, within="(-inf, inf)")
+    kind: str = static(default="heun", choices=KINDS)
+    eta: Numeric = number(default=1.0, within="[0, inf)")
+    lower_order_final: bool = static(default=False)
+
+    def deterministic(self) -> "Stretched3M":
+        last = self.lower_order_final
+        return Stretched3M(self.curvature, self.kind, self.eta, lower_order_final=last)
+
+
+@pytree
+class Stretched3M(DPMpp3M):
+    """The deterministic part of `DPMpp3MSDE`, whose weight of x0 is e^((1 + eta) u)."""
+
+    eta: Numeric = 0.0
+
+    def moments(self, h: Float[Array, " steps"]) -> Float[Array, "steps 2"]:
+        return super().moments(h * (1 + self.eta))
+
+
+@pytree
+class DPMppSDE(StochasticSolver):
+    """DPM-Solver++ for the reverse SDE in two stages: k-diffusion's dpmpp_sde.
+
+    Both the stage and the step go to sigma_down and add sigma_up noise, see `Ancestral`; the step
+    has x0 + (D(stage) - x0) / (2 r). Their noise is that of one Brownian path in sigma, as with
+    k-diffusion's Brownian tree. A step to sigma = 0 is first order and costs one evaluation.
+
+    Attributes:
+      r: place of the stage, as a fraction of the step in lambda.
+      eta: see `Ancestral`.
+    """
+
+    r: Numeric = number(default=0.5, within="(0, 1]")
+    eta: Numeric = number(default=1.0, within="[0, 1]")
+
+    __post_init__ = _checks.fields
+
+    def advance(
+        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
+    ) -> tuple[State, Step]:
+        x, x0 = state.x, denoiser(state.x, sigma)
+        end = jnp.where(sigma_next > 0, sigma_next, sigma / 2)  # see `RungeKutta`
+        at = sigma ** (1 - self.r) * end**self.r
+        first, second = (_random.normal(k, x) for k in _random.split(key))
+
+        def delta() -> Batch:
+            down, up = ancestral(sigma, at, self.eta)
+            stage = ddim(x, x0, sigma, down) + up * first
+            return ((denoiser(stage, at) - x0) / (2 * self.r)).astype(x.dtype)
+
+        change = lax.cond(sigma_next > 0, delta, lambda: jnp.zeros_like(x0))
+        down, up = ancestral(sigma, sigma_next, self.eta)
+        share = (sigma - at) / (sigma - end)  # of the path, that the stage has made
+        noise = jnp.sqrt(share) * first + jnp.sqrt(1 - share) * second
+        nfe = 1 + (sigma_next > 0).astype(jnp.int32)
+        return State(ddim(x, x0 + change, sigma, down) + up * noise), Step(x0, change, nfe)
 
 
 @pytree

@@ -22,7 +22,7 @@ from steindiff_jax.protocols import (
     StochasticSolver,
     Wrapper,
 )
-from steindiff_jax.solvers.runge_kutta import Heun
+from steindiff_jax.solvers.runge_kutta import DDIM, Heun
 
 
 class Begun(NamedTuple):
@@ -103,11 +103,7 @@ class Churn(StochasticSolver):
         _checks.instance("inner", self.inner, Solver, "a deterministic solver such as Heun()")
 
     def init(self, x: Batch, sigmas: Sigmas) -> Raised:
-        if jax.tree.leaves(self.inner.init(x, sigmas)):
-            raise ValueError(
-                f"Churn needs a solver without memory, such as Heun(), got {self.inner!r}: "
-                "its weights belong to sigmas that are not raised"
-            )
+        _without_memory("Churn", self.inner, x, sigmas)
         steps = jnp.sum(sigmas[:-1] > 0)
         return Raised(jnp.minimum(self.churn / steps, math.sqrt(2) - 1).astype(sigmas.dtype))
 
@@ -123,3 +119,61 @@ class Churn(StochasticSolver):
         sigma_hat = jnp.where(inside, sigma * (1 + raised), sigma)
         new, step = self.inner.advance(key_inner, denoiser, State(x), sigma_hat, sigma_next)
         return State(new.x, state.memory), step
+
+
+@pytree
+class Ancestral(StochasticSolver):
+    """Ancestral sampling: a step of a one-step solver to sigma_down < sigma', then noise up to it.
+
+        sigma_up = eta sigma' sqrt(1 - (sigma' / sigma)^2),  sigma_down^2 = sigma'^2 - sigma_up^2.
+
+    With `DDIM()` it is DDIM with eta (Song et al. 2021, arXiv:2010.02502, eq. 16), at eta = 1 the
+    sampler of DDPM (Ho et al. 2020, arXiv:2006.11239) and k-diffusion's euler_ancestral, which are
+    all the same; with `DPM2()` and `DPMpp2S()` its dpm_2_ancestral and dpmpp_2s_ancestral. The
+    `Step` is that of the inner solver to sigma_down.
+
+    Attributes:
+      inner: solver without memory; ValueError for a multistep solver.
+      eta: 1 draws all of the noise that the chain of DDPM would, 0 none.
+      noise: standard deviation of the noise.
+    """
+
+    inner: Solver = DDIM()
+    eta: Numeric = number(default=1.0, within="[0, 1]")
+    noise: Numeric = number(default=1.0, within="[0, inf)")
+
+    def __post_init__(self) -> None:
+        _checks.fields(self)
+        _checks.instance("inner", self.inner, Solver, "a deterministic solver such as DDIM()")
+
+    def init(self, x: Batch, sigmas: Sigmas) -> Any:
+        return _without_memory("Ancestral", self.inner, x, sigmas)
+
+    def advance(
+        self, key: Key, denoiser: Denoiser, state: State, sigma: Scalar, sigma_next: Scalar
+    ) -> tuple[State, Step]:
+        key_noise, key_inner = _random.split(key)
+        down, up = ancestral(sigma, sigma_next, self.eta)
+        new, step = self.inner.advance(key_inner, denoiser, state, sigma, down)
+        return State(new.x + self.noise * up * _random.normal(key_noise, new.x)), step
+
+
+def ancestral(sigma: Scalar, sigma_next: Scalar, eta: Numeric) -> tuple[Scalar, Scalar]:
+    """(sigma_down, sigma_up) of a step, see `Ancestral`."""
+    q = sigma_next / sigma
+    # Never exactly 0 under the roots, whose derivatives are infinite there.
+    tiny = jnp.finfo(q.dtype).tiny
+    up = jnp.maximum(eta**2 * (1 - q) * (1 + q), tiny)
+    down = jnp.maximum((1 - eta) * (1 + eta) + (eta * q) ** 2, tiny)
+    return sigma_next * jnp.sqrt(down), sigma_next * jnp.sqrt(up)
+
+
+def _without_memory(name: str, inner: Solver, x: Batch, sigmas: Sigmas) -> Any:
+    """The empty memory of a one-step solver, or a ValueError."""
+    memory = inner.init(x, sigmas)
+    if jax.tree.leaves(memory):
+        raise ValueError(
+            f"{name} needs a solver without memory, such as Heun(), got {inner!r}: its weights "
+            "belong to sigmas that are not changed on the way"
+        )
+    return memory
