@@ -44,6 +44,7 @@ class Network:
       prediction: see `from_linen`.
       sigma_data: see `from_linen`.
       cond: keyword -> array (batch, ...), a pytree of such arrays, or None.
+      time_scale: see `from_linen`.
     """
 
     apply: Callable[..., Array] = static()
@@ -52,6 +53,7 @@ class Network:
     prediction: str = static(choices=(*PREDICTIONS, "edm"))
     sigma_data: Numeric = number(default=0.5, within="(0, inf)")
     cond: Cond = dataclasses.field(default_factory=dict)
+    time_scale: Numeric = number(default=1.0, within="(-inf, inf)")
 
     def __post_init__(self) -> None:
         _checks.fields(self)
@@ -83,7 +85,7 @@ class Network:
         return PREDICTIONS[self.prediction](self._evaluate(alpha * x, t), alpha * x, alpha, sigma_t)
 
     def _evaluate(self, x: Array, t: Array) -> Array:
-        times = jnp.broadcast_to(t, x.shape[:1]).astype(x.dtype)
+        times = jnp.broadcast_to(self.time_scale * t, x.shape[:1]).astype(x.dtype)
         f = self.apply(self.parameters, x, times, **self.cond)
         if jnp.shape(f) != x.shape:
             learned = jnp.shape(f) == (*x.shape[:-1], 2 * x.shape[-1])
@@ -106,6 +108,7 @@ def from_linen(
     prediction: str,
     sigma_data: Numeric = 0.5,
     cond: Cond | None = None,
+    time_scale: Numeric = 1.0,
     **options: Any,
 ) -> Network:
     """Denoiser from a `flax.linen` module: apply(variables, x, t, **cond, **options).
@@ -119,6 +122,7 @@ def from_linen(
       sigma_data: standard deviation of the data, for "edm" alone.
       cond: labels and any other conditioning: keyword -> array (batch, ...) with a row for each
         sample, a pytree of such arrays, or None.
+      time_scale: the network is told time_scale * t: 1000 for most flows that came from torch.
       options: Python values for keywords of the module, such as train=False.
 
     Raises:
@@ -136,6 +140,7 @@ def from_linen(
         prediction,
         sigma_data,
         jax.tree.map(jnp.asarray, dict(cond or {})),
+        time_scale,
     )
 
 
@@ -146,6 +151,7 @@ def from_nnx(
     prediction: str,
     sigma_data: Numeric = 0.5,
     cond: Cond | None = None,
+    time_scale: Numeric = 1.0,
     **options: Any,
 ) -> Network:
     """Denoiser from a `flax.nnx` module called as module(x, t, **cond, **options).
@@ -161,9 +167,8 @@ def from_nnx(
     )
     graph, state = nnx.split(inference)
     apply = _Nnx(graph, tuple(sorted(options.items())))
-    return Network(
-        apply, state, schedule, prediction, sigma_data, jax.tree.map(jnp.asarray, dict(cond or {}))
-    )
+    cond = jax.tree.map(jnp.asarray, dict(cond or {}))
+    return Network(apply, state, schedule, prediction, sigma_data, cond, time_scale)
 
 
 @dataclasses.dataclass(frozen=True)

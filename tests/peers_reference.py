@@ -168,8 +168,105 @@ def ddim():
     yield "ddim alphas_cumprod", scheduler.alphas_cumprod.numpy()
 
 
+# --- Schedulers ----------------------------------------------------------------------------------
+
+SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+DPM = "DPMSolverMultistepScheduler"
+# Class, options, steps, and what set_timesteps is given beside.
+SCHEDULERS = {
+    "ddim": ("DDIMScheduler", {}, 7, {}),
+    "ddim sd": ("DDIMScheduler", SD | {"set_alpha_to_one": False, "steps_offset": 1}, 10, {}),
+    "ddim trailing": ("DDIMScheduler", {"timestep_spacing": "trailing"}, 8, {}),
+    "ddpm linspace": ("DDPMScheduler", {"timestep_spacing": "linspace"}, 7, {}),
+    "pndm": ("PNDMScheduler", SD | {"skip_prk_steps": True, "steps_offset": 1}, 10, {}),
+    "euler": ("EulerDiscreteScheduler", SD, 7, {}),
+    "euler leading": (
+        "EulerDiscreteScheduler",
+        SD | {"timestep_spacing": "leading", "steps_offset": 1, "final_sigmas_type": "sigma_min"},
+        7,
+        {},
+    ),
+    "euler karras": ("EulerDiscreteScheduler", SD | {"use_karras_sigmas": True}, 7, {}),
+    "euler exponential": (
+        "EulerDiscreteScheduler",
+        SD | {"use_exponential_sigmas": True, "timestep_spacing": "trailing"},
+        7,
+        {},
+    ),
+    "euler ancestral": ("EulerAncestralDiscreteScheduler", SD, 7, {}),
+    "heun": ("HeunDiscreteScheduler", SD | {"use_karras_sigmas": True}, 5, {}),
+    "lms": ("LMSDiscreteScheduler", SD, 7, {}),
+    "dpm": (DPM, SD, 7, {}),
+    "dpm leading": (DPM, SD | {"timestep_spacing": "leading", "steps_offset": 1}, 7, {}),
+    "dpm trailing": (DPM, SD | {"timestep_spacing": "trailing"}, 7, {}),
+    "dpm karras": (DPM, SD | {"use_karras_sigmas": True}, 7, {}),
+    "dpm lu": (DPM, SD | {"use_lu_lambdas": True}, 7, {}),
+    "dpm clipped": (
+        DPM,
+        {"beta_schedule": "squaredcos_cap_v2", "lambda_min_clipped": -5.1},
+        7,
+        {},
+    ),
+    "dpm sigma_min": (DPM, SD | {"final_sigmas_type": "sigma_min"}, 7, {}),
+    "dpm flow": (DPM, FLOW | {"flow_shift": 3.0}, 7, {}),
+    "dpm flow dynamic": (DPM, FLOW | {"use_dynamic_shifting": True}, 7, {"mu": 0.9}),
+    "dpm singlestep": ("DPMSolverSinglestepScheduler", SD, 6, {}),
+    "unipc": ("UniPCMultistepScheduler", SD, 7, {}),
+    "unipc exponential": ("UniPCMultistepScheduler", SD | {"use_exponential_sigmas": True}, 7, {}),
+    "unipc flow": ("UniPCMultistepScheduler", FLOW | {"flow_shift": 5.0}, 7, {}),
+    "deis": ("DEISMultistepScheduler", SD, 7, {}),
+    "edm": ("EDMEulerScheduler", {"sigma_max": 40.0}, 7, {}),
+    "edm dpm": ("EDMDPMSolverMultistepScheduler", {"sigma_schedule": "exponential"}, 7, {}),
+    "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, 7, {}),
+    "flow dynamic": (
+        "FlowMatchEulerDiscreteScheduler",
+        {"shift": 3.0, "use_dynamic_shifting": True},
+        7,
+        {"mu": 0.8},
+    ),
+    "flow linear": (
+        "FlowMatchEulerDiscreteScheduler",
+        {"use_dynamic_shifting": True, "time_shift_type": "linear", "shift_terminal": 0.1},
+        7,
+        {"mu": 1.7},
+    ),
+    "flow given": (
+        "FlowMatchEulerDiscreteScheduler",
+        {"use_dynamic_shifting": True},
+        4,
+        {"mu": 0.8, "sigmas": [1.0, 0.75, 0.5, 0.25]},
+    ),
+    "flow karras": ("FlowMatchEulerDiscreteScheduler", {"use_karras_sigmas": True}, 7, {}),
+}
+
+
+def schedulers():
+    """Configurations as saved, and the grid: ratios in VP and EDM, their sigmas in flows."""
+    import diffusers
+    import torch
+
+    for name, (cls, options, steps, given) in SCHEDULERS.items():
+        scheduler = getattr(diffusers, cls)(**options)
+        scheduler.set_timesteps(steps, **given)
+        times = scheduler.timesteps.double()
+        if cls.startswith(("DDIM", "DDPM", "PNDM")):
+            times = times.unique().flip(0)  # PNDM repeats one
+            # In float32 theirs lose four digits of 1 - alphas_cumprod at the first beta.
+            cumprod = (1 - scheduler.betas.double()).cumprod(0)
+            last = getattr(scheduler, "final_alpha_cumprod", torch.ones(()))
+            last = last.double() if last == 1 else cumprod[0]
+            alphas = torch.cat([cumprod[times.long()], last[None]])
+            sigmas = (1 / alphas - 1).sqrt()
+        else:
+            sigmas = scheduler.sigmas.double().unique().flip(0)  # Heun's are repeated
+        yield f"scheduler {name}/config", np.array(scheduler.to_json_string())
+        yield f"scheduler {name}/sigmas", sigmas.numpy()
+        yield f"scheduler {name}/times", times.unique().flip(0).numpy()
+
+
 def main():
-    arrays = dict([*guiders(), *samplers(sys.argv[1]), *ddim()])
+    arrays = dict([*guiders(), *samplers(sys.argv[1]), *ddim(), *schedulers()])
     for name, array in arrays.items():
         print(name, np.shape(array), np.isfinite(array).all() if array.dtype.kind == "f" else "")
     np.savez_compressed(FILE, **arrays)

@@ -9,13 +9,10 @@ A network of latents denoises latents: decode solution.x with the model's own de
 extra `checkpoints`: flax and safetensors.
 """
 
-import contextlib
 import dataclasses
-import json
 import re
 from pathlib import Path
-from types import UnionType
-from typing import Any, Literal, NamedTuple, Union, get_args, get_origin
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,9 +21,11 @@ from flax.traverse_util import unflatten_dict
 from jax import Array
 from safetensors import SafetensorError, safe_open
 
+from steindiff_jax.interop import _json
 from steindiff_jax.interop.networks import DiT, UNet2D
+from steindiff_jax.interop.schedulers import betas_schedule
 from steindiff_jax.protocols import Schedule
-from steindiff_jax.schedules import EDM, Discrete
+from steindiff_jax.schedules import EDM
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -87,16 +86,6 @@ def _layout(path: Path) -> tuple[Path, Path | None]:
         )
     places = [path / "scheduler_config.json", path / "scheduler" / "scheduler_config.json"]
     return folder, next((place for place in places if place.is_file()), None)
-
-
-def _json(file: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(file.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object, got {type(config).__name__}")
-    return config
 
 
 def _weights(folder: Path) -> list[Path]:
@@ -162,14 +151,14 @@ SCHEDULERS = (
 
 
 def _network(file: Path) -> UNet2D | DiT:
-    config = _json(file)
+    config = _json.load(file)
     cls = config.get("_class_name")
     if cls not in [*NETWORKS]:  # JSON may hold what cannot be hashed
         raise ValueError(f"{file}: '_class_name' must be one of {[*NETWORKS]}, got {cls!r}")
     for key in ("down_block_types", "up_block_types"):
         if isinstance(config.get(key), list):  # they were called UNetRes... at first
             config[key] = [str(kind).removeprefix("UNetRes") for kind in config[key]]
-    known = _known(NETWORKS[cls], config, file)
+    known = _json.known(NETWORKS[cls], config, file)
     for key in sorted(config.keys() - known.keys() - IGNORED):
         if not (key.startswith("_") or (key in DEFAULTS and config[key] == DEFAULTS[key])):
             raise ValueError(f"{file}: key {key!r} = {config[key]!r} is not supported")
@@ -177,7 +166,7 @@ def _network(file: Path) -> UNet2D | DiT:
 
 
 def _schedule(file: Path) -> tuple[Schedule, str]:
-    config = _json(file)
+    config = _json.load(file)
     cls = config.get("_class_name")
     if cls == "ScoreSdeVeScheduler":
         return EDM(), "score"
@@ -186,61 +175,10 @@ def _schedule(file: Path) -> tuple[Schedule, str]:
             f"{file}: '_class_name' must be one of {[*SCHEDULERS, 'ScoreSdeVeScheduler']}, got "
             f"{cls!r}; without {file.name} the network loads alone, with a schedule of your own"
         )
-    known = Betas(**_known(Betas, config, file))
-    steps, ends = known.num_train_timesteps, (known.beta_start, known.beta_end)
-    for beta in known.trained_betas or ends:
-        if not 0 < beta < 1:
-            raise ValueError(f"{file}: betas must lie between 0 and 1, got {beta}")
-    if known.trained_betas is not None:
-        schedule = Discrete(jnp.asarray(known.trained_betas))
-    elif known.beta_schedule == "squaredcos_cap_v2":
-        schedule = Discrete.cosine(steps)
-    elif known.beta_schedule == "scaled_linear":
-        schedule = Discrete.scaled_linear(steps, *ends)
-    else:
-        schedule = Discrete.linear(steps, *ends)
-    if known.rescale_betas_zero_snr:
-        if (n := jnp.shape(schedule.betas)[0]) < 3:
-            raise ValueError(f"{file}: 'rescale_betas_zero_snr' needs 3 betas or more, got {n}")
-        schedule = schedule.zero_terminal_snr()
+    known = Betas(**_json.known(Betas, config, file))
+    schedule = betas_schedule(known, file)
     names = {"epsilon": "epsilon", "sample": "x0", "v_prediction": "v"}
     return schedule, names[known.prediction_type]
-
-
-def _known(cls: type, config: dict[str, Any], file: Path) -> dict[str, Any]:
-    """The fields of a dataclass that config gives, as their annotations have them."""
-    known = {}
-    for field in dataclasses.fields(cls):
-        if field.name in config and field.name not in ("name", "parent"):  # flax's own
-            try:
-                known[field.name] = _read(config[field.name], field.type)
-            except TypeError as error:
-                kind = field.type.__name__ if isinstance(field.type, type) else field.type
-                raise ValueError(
-                    f"{file}: key {field.name!r} must be {kind}, got {config[field.name]!r}"
-                ) from error
-    return known
-
-
-def _read(value: Any, kind: Any) -> Any:
-    """A value from JSON as an annotation has it, or TypeError; int is a count, from 1 to 2^20."""
-    args = get_args(kind)
-    if get_origin(kind) is Literal and value in args:
-        return args[args.index(value)]
-    if get_origin(kind) is tuple and isinstance(value, list) and value:
-        return tuple(_read(one, args[0]) for one in value)
-    if isinstance(value, bool | None):
-        if kind is type(value):
-            return value
-    elif kind is int and isinstance(value, int) and 1 <= value <= 2**20:
-        return value
-    elif kind is float and isinstance(value, int | float) and abs(value) <= 2**20:
-        return float(value)
-    if get_origin(kind) in (Union, UnionType):
-        for one in args:
-            with contextlib.suppress(TypeError):
-                return _read(value, one)
-    raise TypeError
 
 
 # --- Weights -------------------------------------------------------------------------------------
