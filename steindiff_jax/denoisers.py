@@ -167,8 +167,8 @@ def from_nnx(
     )
     graph, state = nnx.split(inference)
     apply = _Nnx(graph, tuple(sorted(options.items())))
-    cond = jax.tree.map(jnp.asarray, dict(cond or {}))
-    return Network(apply, state, schedule, prediction, sigma_data, cond, time_scale)
+    arrays = jax.tree.map(jnp.asarray, dict(cond or {}))
+    return Network(apply, state, schedule, prediction, sigma_data, arrays, time_scale)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -81,10 +81,11 @@ class Combination:
 
     def rows(self, take: Callable[[Array], Array]) -> "Combination":
         """See `Network.rows`."""
-        if callable(self.scale):
-            scale = rows(self.scale, take)
-        else:
-            scale = take(self.scale) if self.basis is None and jnp.ndim(self.scale) else self.scale
+        scale: Any = self.scale
+        if callable(scale):
+            scale = rows(scale, take)
+        elif self.basis is None and jnp.ndim(scale):
+            scale = take(scale)
         return dataclasses.replace(self, scale=scale)
 
 
