@@ -54,7 +54,7 @@ def plain(solver: sd.Solver) -> sd.Solver:
 
 CORRECTIONS = {"plain": plain, "corrected": sd.Stein}
 # Of networks, which cost more: steps, and samples at most.
-NETWORK_STEPS = (4, 5, 6, 10)
+NETWORK_STEPS = (3, 4, 5, 8)
 NETWORK_SAMPLES = {"digits": 200, "images": 64}
 
 
