@@ -83,7 +83,7 @@ class Combination:
         """See `Network.rows`."""
         scale: Any = self.scale
         if callable(scale):
-            scale = rows(scale, take)
+            scale = rows(scale, take)  # pyright: ignore[reportArgumentType]
         elif self.basis is None and jnp.ndim(scale):
             scale = take(scale)
         return dataclasses.replace(self, scale=scale)
