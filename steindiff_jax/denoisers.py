@@ -87,6 +87,7 @@ class Network:
     def _evaluate(self, x: Array, t: Array) -> Array:
         times = jnp.broadcast_to(self.time_scale * t, x.shape[:1]).astype(x.dtype)
         f = self.apply(self.parameters, x, times, **self.cond)
+        f = getattr(f, "sample", f)  # what networks of diffusers and MaxDiffusion return
         if jnp.shape(f) != x.shape:
             learned = jnp.shape(f) == (*x.shape[:-1], 2 * x.shape[-1])
             raise ValueError(
@@ -115,7 +116,8 @@ def from_linen(
 
     Args:
       module: sees alpha * x (batch, *event) and the schedule's time t (batch,), with "edm"
-        x / sqrt(sigma^2 + sigma_data^2) and log(sigma) / 4; returns (batch, *event).
+        x / sqrt(sigma^2 + sigma_data^2) and log(sigma) / 4; returns (batch, *event), or an object
+        with that in its field `sample`.
       variables: the collections that `module.init` returned.
       schedule: how the network was trained; gives t, alpha and sigma from the ratio.
       prediction: "x0", "epsilon", "v", "score", "edm" or "flow".

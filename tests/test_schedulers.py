@@ -1,6 +1,7 @@
 """Configurations of diffusers' schedulers: the grids, times and predictions that they compute."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -137,6 +138,17 @@ def test_places(tmp_path):
         assert load_scheduler(path).prediction == "flow"
     with pytest.raises(ValueError, match=r"no scheduler_config\.json in"):
         load_scheduler(tmp_path / "nowhere")
+
+
+def test_output_objects():
+    """Networks of diffusers and MaxDiffusion return their array in a field."""
+
+    def apply(parameters, x, t):
+        del t
+        return SimpleNamespace(sample=parameters * x)
+
+    denoiser = sd.Network(apply, 0.5, sd.EDM(), "x0")
+    assert_allclose(denoiser(jnp.ones((2, 3)), jnp.asarray(1.0)), 0.5)
 
 
 @pytest.mark.parametrize("adapter", ["Network", "from_linen", "from_nnx"])
