@@ -78,9 +78,9 @@ def perturbed(denoiser, relative: float, seed: int):
         scale = relative * jnp.sqrt(jnp.mean(a**2))
         return a + scale * rng.standard_normal(a.shape).astype(a.dtype)
 
-    parameters = jax.tree.map(perturb, denoiser.network.parameters)
-    network = dataclasses.replace(denoiser.network, parameters=parameters)
-    return dataclasses.replace(denoiser, network=network)
+    parameters = jax.tree.map(perturb, denoiser.conditional.parameters)
+    network = dataclasses.replace(denoiser.conditional, parameters=parameters)
+    return dataclasses.replace(denoiser, conditional=network)
 
 
 def measure(distances: metrics.Distances, shift: Shift, name: str, arguments) -> dict:
