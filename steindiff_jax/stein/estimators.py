@@ -7,7 +7,6 @@ and `Exact` all columns.
 """
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -63,8 +62,8 @@ class Hutchinson(Estimator):
             return _random.rademacher(key, (self.probes, *x.shape[1:]), x.dtype)
 
         v = jnp.moveaxis(jax.vmap(draw)(keys), 1, 0) / math.sqrt(self.probes)
-        x0, product = _product(denoiser, x, sigma, self.derivative, self.step * sigma)
-        jv = product(v[0])[None] if self.probes == 1 else lax.map(product, v)
+        who, h = f"Hutchinson(derivative={self.derivative!r})", self.step * sigma
+        x0, jv = _products(who, denoiser, x, sigma, v, self.derivative, h)
         return x0, Jacobian(v, jv, self.derivative == "jvp")
 
 
@@ -78,7 +77,9 @@ class Exact(Estimator):
         del keys
         size = math.prod(x.shape[1:])
         columns = jnp.eye(size, dtype=x.dtype).reshape(size, 1, *x.shape[1:])
-        return from_probes(denoiser, x, sigma, jnp.broadcast_to(columns, (size, *x.shape)))
+        v = jnp.broadcast_to(columns, (size, *x.shape))
+        x0, jv = _products("Exact()", denoiser, x, sigma, v)
+        return x0, Jacobian(v, jv, True)
 
 
 def from_probes(denoiser: Denoiser, x: Batch, sigma: Scalar, v: Probes) -> tuple[Batch, Jacobian]:
@@ -95,26 +96,43 @@ def from_probes(denoiser: Denoiser, x: Batch, sigma: Scalar, v: Probes) -> tuple
       The denoiser at x, (batch, *event), and its `Jacobian`.
 
     Raises:
-      ValueError: for probes of another shape than x.
+      ValueError: for probes of another shape than x, and for a network without forward mode.
     """
     if v.shape[1:] != x.shape:
         raise ValueError(f"each probe must have the shape of x, {x.shape}, got {v.shape[1:]}")
-    x0, product = _product(denoiser, x, sigma, "jvp", sigma)
-    return x0, Jacobian(v, lax.map(product, v), True)
+    x0, jv = _products("from_probes", denoiser, x, sigma, v)
+    return x0, Jacobian(v, jv, True)
 
 
-def _product(
-    denoiser: Denoiser, x: Batch, sigma: Scalar, derivative: str, h: Any
-) -> tuple[Batch, Callable[[Batch], Batch]]:
-    """The denoiser at x, and v -> J v there (J^T v in reverse mode)."""
+def _products(
+    who: str,
+    denoiser: Denoiser,
+    x: Batch,
+    sigma: Scalar,
+    v: Probes,
+    derivative: str = "jvp",
+    h: Any = None,
+) -> tuple[Batch, Probes]:
+    """The denoiser at x, and J v there (J^T v in reverse mode); errors name `who` asked."""
 
     def function(x: Batch) -> Batch:
         return denoiser(x, sigma)
 
-    if derivative == "jvp":
-        return jax.linearize(function, x)
-    if derivative == "vjp":
-        x0, pull = jax.vjp(function, x)
-        return x0, lambda v: pull(v)[0]
-    x0 = function(x)
-    return x0, lambda v: (function(x + h * v) - x0) / h
+    try:
+        if derivative == "jvp":
+            x0, product = jax.linearize(function, x)
+            jax.eval_shape(jax.vmap(product), v)  # a custom gradient else fails in compilation
+        elif derivative == "vjp":
+            x0, pull = jax.vjp(function, x)
+            product = lambda v: pull(v)[0]  # noqa: E731
+        else:
+            x0 = function(x)
+            product = lambda v: (function(x + h * v) - x0) / h  # noqa: E731
+        return x0, product(v[0])[None] if len(v) == 1 else lax.map(product, v)
+    except Exception as error:  # of as many kinds as there are kernels and callbacks
+        jax.eval_shape(function, x)  # the network's own mistakes are raised as they are
+        raise ValueError(
+            f"{who} needs derivatives that this network does not have: Tweedie(), the default, and "
+            "Hutchinson(derivative='secant') need none, and 'vjp' those of custom gradients, such "
+            "as flash attention's"
+        ) from error
