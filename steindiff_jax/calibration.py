@@ -7,13 +7,13 @@ communication. `benchmarks/calibration.py` measures how far a table carries.
 """
 
 import dataclasses
-import itertools
 import json
 import os
 from collections import namedtuple
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,6 @@ from steindiff_jax.stein import Cosine, Stein, Whole
 from steindiff_jax.stein.correction import Memory
 from steindiff_jax.stein.rules import Gamma, Lengths
 
-_FORMAT = "steindiff_jax coefficients 2"
 _RTOL = 1e-5  # two sigmas are one and the same but for the rounding of float32
 
 
@@ -65,6 +64,9 @@ class Calibrated(Wrapper):
     sigmas: Sigmas
     coefficients: Any
     fingerprint: str = static(default="")
+
+    _format: ClassVar[str] = "steindiff_jax coefficients 2"
+    _more: ClassVar[dict[str, int]] = {}  # further arrays with a row for each step, and their axes
 
     @property
     def gamma(self) -> Array:
@@ -99,18 +101,23 @@ class Calibrated(Wrapper):
         *,
         x0: Batch | None = None,
     ) -> tuple[Step, Memory]:
+        coefficients = self.at(sigma, sigma_next, self.coefficients)
+        return self.inner.replay(coefficients, key, denoiser, state, sigma, sigma_next, x0=x0)
+
+    def at(self, sigma: Scalar, sigma_next: Scalar, columns: Any) -> Any:
+        """One step's rows of a pytree of (steps, ...) arrays; NaN if it is not in the table."""
         here = _close(self.sigmas[:-1], sigma) & _close(self.sigmas[1:], sigma_next)
 
-        def at_this_step(column: Array) -> Array:
-            return jnp.where(here.any(), jnp.where(here[:, None], column, 0.0).sum(0), jnp.nan)
+        def row(column: Array) -> Array:
+            chosen = jnp.where(here.reshape(-1, *[1] * (column.ndim - 1)), column, 0.0)
+            return jnp.where(here.any(), chosen.sum(0), jnp.nan)
 
-        coefficients = jax.tree.map(at_this_step, self.coefficients)
-        return self.inner.replay(coefficients, key, denoiser, state, sigma, sigma_next, x0=x0)
+        return jax.tree.map(row, columns)
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the table as JSON: a few numbers, the solver in words and the fingerprint."""
         table = {
-            "format": _FORMAT,
+            "format": self._format,
             "solver": describe(self.inner),
             "basis": _options(self.inner.basis),
             "fingerprint": self.fingerprint,
@@ -121,6 +128,7 @@ class Calibrated(Wrapper):
                 for name, column in self.coefficients._asdict().items()
             },
         }
+        table |= {name: np.asarray(getattr(self, name), float).tolist() for name in self._more}
         Path(path).write_text(json.dumps(table, indent=2) + "\n")
 
     @classmethod
@@ -143,8 +151,8 @@ class Calibrated(Wrapper):
             form = table["format"]
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path} is not a table that Calibrated.save wrote") from error
-        if form != _FORMAT:
-            raise ValueError(f"{path} has format {form!r}, expected {_FORMAT!r}")
+        if form != cls._format:
+            raise ValueError(f"{path} has format {form!r}, expected {cls._format!r}")
         kinds = {
             "solver": str,
             "basis": list,
@@ -152,7 +160,7 @@ class Calibrated(Wrapper):
             "dtype": str,
             "sigmas": list,
             "coefficients": dict,
-        }
+        } | dict.fromkeys(cls._more, list)
         wrong = [name for name, kind in kinds.items() if not isinstance(table.get(name), kind)]
         if wrong:
             raise ValueError(f"{path} is damaged: {wrong[0]!r} is {table.get(wrong[0])!r}")
@@ -180,9 +188,13 @@ class Calibrated(Wrapper):
             shapes = {column.shape for column in columns}
             if len(shapes) != 1 or {(sigmas.size - 1, *shape[1:2]) for shape in shapes} != shapes:
                 raise ValueError(f"coefficients of shapes {shapes} for {sigmas.size} sigmas")
+            more = {name: _numbers(table[name], table["dtype"]) for name in cls._more}
+            for name, value in more.items():
+                if value.ndim != cls._more[name] or len(value) != sigmas.size - 1:
+                    raise ValueError(f"{name} of shape {value.shape} for {sigmas.size} sigmas")
         except ValueError as error:
             raise ValueError(f"{path} is damaged: {error}") from error
-        return cls(solver, sigmas, _kind(names)(*columns), table["fingerprint"])
+        return cls(solver, sigmas, _kind(names)(*columns), table["fingerprint"], **more)
 
 
 @cache
@@ -263,10 +275,15 @@ def _options(basis: Any) -> list:
 def _numbers(values: list, dtype: str) -> Array:
     """A list of JSON as an array, or a ValueError unless it is one of finite numbers."""
     largest = float(np.finfo(dtype).max) if dtype in ("float32", "float64") else -1.0
-    for value in itertools.chain(*(v if isinstance(v, list) else [v] for v in values)):
+    for value in _flat(values):
         if type(value) not in (int, float) or not abs(value) <= largest:
             raise ValueError(f"{value!r} is not a finite number in {dtype!r}")
     return jnp.asarray(np.asarray(values, dtype))
+
+
+def _flat(values: list) -> Iterator:
+    for value in values:
+        yield from _flat(value) if isinstance(value, list) else (value,)
 
 
 def _close(a: Array, b: Array) -> Array:

@@ -100,9 +100,8 @@ def sample(
     padded = (
         not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(np.asarray(sigmas)[-2] == 0)
     )
-    leaves, structure = jax.tree.flatten((denoiser, solver, record))
-    parts = structure.unflatten([_as_data(leaf, sigmas.dtype) for leaf in leaves])
-    program = _program(leaves)
+    parts = denoiser, solver, record
+    program, parts = _program(jax.tree.leaves(parts)), as_data(parts, sigmas.dtype)
     return program(key, *parts, sigmas, x_init, shape=shape, padded=padded, remat=remat)
 
 
@@ -118,9 +117,7 @@ def _sample(
     padded: bool,
     remat: bool,
 ) -> Solution:
-    denoiser, solver, record = jax.tree.map(
-        _from_data, (denoiser, solver, record), is_leaf=lambda leaf: isinstance(leaf, Static)
-    )
+    denoiser, solver, record = from_data((denoiser, solver, record))
     key_noise, key_steps = _random.split(key)
     if x_init is None:
         # A solver that knows the mapped axis of the batch would else start every shard alike.
@@ -201,6 +198,16 @@ def _by_identity(leaf: Any) -> bool:
     """
     kind = type(leaf)
     return callable(leaf) and kind.__eq__ is object.__eq__ and kind.__weakrefoffset__ != 0
+
+
+def as_data(tree: Any, dtype: Any) -> Any:
+    """A pytree of anything as an argument of `jit`, see `_as_data`; `from_data` undoes it."""
+    return jax.tree.map(partial(_as_data, dtype=dtype), tree)
+
+
+def from_data(tree: Any) -> Any:
+    """What `as_data` was given, but for the dtypes of numbers."""
+    return jax.tree.map(_from_data, tree, is_leaf=lambda leaf: isinstance(leaf, Static))
 
 
 def _as_data(leaf: Any, dtype: Any) -> Any:
