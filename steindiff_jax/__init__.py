@@ -11,6 +11,8 @@ from steindiff_jax.denoisers import (
     from_linen,
     from_nnx,
 )
+from steindiff_jax.fitting import Fitted, fit
+from steindiff_jax.gits import gits_sigmas
 from steindiff_jax.grids import (
     cosine_sigmas,
     ddpm_sigmas,
@@ -115,6 +117,7 @@ __all__ = [
     "Estimator",
     "Euler",
     "Exact",
+    "Fitted",
     "GuidanceInterval",
     "Heun",
     "Hutchinson",
@@ -148,10 +151,12 @@ __all__ = [
     "ddpm_sigmas",
     "diagnostics",
     "evaluate",
+    "fit",
     "flow_sigmas",
     "from_linen",
     "from_nnx",
     "from_probes",
+    "gits_sigmas",
     "guided",
     "karras_sigmas",
     "log_snr_sigmas",

@@ -1,0 +1,300 @@
+"""A solver fitted to one network: grid, gamma and multistep rows, by gradients through the sampler.
+
+A long solve of the same noise is the teacher; a few steps should end where it ends. The grid alone
+is LD3 (Tong et al. 2024, arXiv:2405.15506), the rows alone are S4S and BNS (Frankel et al. 2025,
+arXiv:2502.17423; Shaul et al. 2024, arXiv:2403.01329), all as corrections of a method in closed
+form is GS (arXiv:2510.17699).
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.flatten_util import ravel_pytree
+from jax.typing import ArrayLike
+from jaxtyping import Float
+
+from steindiff_jax import _checks, _random
+from steindiff_jax._identity import fingerprint
+from steindiff_jax._numerics import divide
+from steindiff_jax._pytree import pytree
+from steindiff_jax.calibration import Calibrated, calibrate
+from steindiff_jax.grids import check_sigmas, log_snr_sigmas
+from steindiff_jax.protocols import (
+    Batch,
+    Denoiser,
+    Key,
+    Numeric,
+    Scalar,
+    Sigmas,
+    Solver,
+    State,
+    Step,
+    evaluate,
+)
+from steindiff_jax.sample import DEFAULT, as_data, from_data, sample
+from steindiff_jax.stein import Stein, Whole, default_basis
+from steindiff_jax.stein.rules import Lengths
+
+PARTS = ("sigmas", "coefficients", "rows", "levels")
+Metric = Callable[[Batch, Batch], Array]
+
+
+class Past(NamedTuple):
+    """The memory of the corrected solver, and earlier x0's in the basis, latest first."""
+
+    inner: Any
+    x0: Float[Array, "past batch *event"]
+
+
+@pytree
+class Fitted(Calibrated):
+    """A solver fitted to one network, with its grid; made by `fit` or `load`.
+
+    Each step is that of a corrected solver, whose coefficients are a table as in `Calibrated`, and
+    in each band of its basis differences of earlier estimates are added:
+
+        x_next = q x + (1 - q)(x0 + delta + sum_j c_j (x0_j - x0)),  q = sigma_next / sigma,
+
+    x0_j of j steps ago. The network may be told another level than sigma. It steps along its own
+    grid only, as `Calibrated` does.
+
+    Attributes:
+      rows: (steps, past, bands), the c_j.
+      levels: (steps,), log of the level that the network is told over sigma.
+    """
+
+    rows: Float[Array, "steps past bands"] = dataclasses.field(kw_only=True)
+    levels: Float[Array, " steps"] = dataclasses.field(kw_only=True)
+
+    _format: ClassVar[str] = "steindiff_jax fitted solver 1"
+    _more: ClassVar[dict[str, int]] = {"rows": 3, "levels": 1}
+
+    def init(self, x: Batch, sigmas: Sigmas) -> Past:  # pyright: ignore[reportIncompatibleMethodOverride]
+        past = jnp.broadcast_to(jnp.zeros_like(x)[None], (self.rows.shape[1], *x.shape))
+        return Past(super().init(x, sigmas), past)
+
+    def step(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        key: Key,
+        denoiser: Denoiser,
+        state: State,
+        sigma: Scalar,
+        sigma_next: Scalar,
+        *,
+        x0: Batch | None = None,
+    ) -> tuple[Step, Past]:
+        rows, level = self.at(sigma, sigma_next, (self.rows, self.levels))
+        x0, nfe = evaluate(denoiser, state.x, sigma * jnp.exp(level), x0)
+        inner, past = state.memory
+        here = State(state.x, inner)
+        step, inner = super().step(key, denoiser, here, sigma, sigma_next, x0=x0)
+        basis = self.inner.basis_of(x0.shape)
+        rows = basis.partition(x0.shape[1:]).spread(rows)
+        now = basis.transform(x0)
+        change = basis.inverse((rows[:, None] * (past - now[None])).sum(0))
+        delta = (step.delta + change).astype(step.delta.dtype)
+        past = jnp.concatenate([now[None], past])[: len(past)]
+        return step._replace(delta=delta, nfe=step.nfe + nfe), Past(inner, past)
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike, solver: Solver, denoiser: Denoiser | None = None
+    ) -> "Fitted":
+        """Read a fitted solver back; `solver` is what was given to `fit`. See `Calibrated.load`."""
+        return super().load(path, _corrected(solver), denoiser)  # pyright: ignore[reportReturnType]
+
+
+def fit(
+    key: Key,
+    denoiser: Denoiser,
+    shape: tuple[int, ...],
+    sigmas: ArrayLike,
+    solver: Solver = DEFAULT,
+    *,
+    parts: tuple[str, ...] = ("sigmas", "coefficients", "rows"),
+    past: int = 3,
+    teacher: ArrayLike | None = None,
+    metric: Metric | None = None,
+    batches: int = 8,
+    held_out: int = 2,
+    iterations: int = 300,
+    learning_rate: Numeric = 0.05,
+    remat: bool = True,
+    progress: Callable[[list[int]], Iterable[int]] | None = None,
+) -> Fitted:
+    """Fit a grid and a solver's numbers to a network, by gradient descent through `sample`.
+
+    Needs optax (the extra `fit`); not inside `jit`. Starts from the solver as it is, with the
+    coefficients that `calibrate` records, and ends with the parameters that were best on batches
+    held out of the descent. The same key gives the same result.
+
+    Args:
+      key: as in `sample`; keys that are sharded shard the batches too.
+      denoiser: as in `sample`.
+      shape: (batch, *event) of a batch of noise.
+      sigmas: (steps + 1,) grid to start from. It ends in 0; its first value is kept.
+      solver: a deterministic one of one evaluation a step, or a `Stein` around one, whose basis is
+        then that of the coefficients and rows; one band otherwise. Or a `Fitted`, to go on.
+      parts: what is fitted, names of `Fitted`'s attributes: "sigmas", "coefficients", "rows",
+        "levels".
+      past: how many earlier estimates the rows weigh.
+      teacher: grid of the long solve, by default `log_snr_sigmas(40)` from the same start; it is
+        made by the default solver.
+      metric: (x, target) -> (batch,) or (), what is minimised in the mean; both (batch, *event). By
+        default the squared error in each band of the default basis over the variance there of the
+        targets, averaged over the bands.
+      batches: of noise, each seen again every so many iterations.
+      held_out: further batches, that decide which parameters are kept.
+      iterations: number of updates by Adam with a cosine decay.
+      learning_rate: the first, for parameters in units of what moves the samples as far as they are
+        from their targets at the start.
+      remat: as in `sample`.
+      progress: such as `tqdm.tqdm`, put around the list of iterations.
+
+    Returns:
+      `Fitted`: `sample(key, denoiser, shape, sigmas=fitted.sigmas, solver=fitted)`.
+
+    Raises:
+      ValueError: unknown parts; a grid that does not end in 0; numbers that are not positive; what
+        `calibrate` refuses; a start or a teacher that does not stay finite.
+    """
+    import optax
+
+    if not parts or set(parts) - set(PARTS):
+        raise ValueError(f"parts must be some of {PARTS}, got {parts!r}")
+    for name, value in {"past": past, "batches": batches, "held_out": held_out}.items():
+        _checks.count(name, value)
+    _checks.number("learning_rate", learning_rate, "(0, inf)")
+    start = _start(key, denoiser, shape, sigmas, solver, past)
+    steps, past, _ = start.rows.shape
+    high = start.sigmas[0]
+    if teacher is None:
+        teacher = log_snr_sigmas(40, jnp.minimum(start.sigmas[-2], 0.002), high)
+
+    @jax.jit
+    def noise(key: Key) -> Array:
+        return high * _random.normal(key, jnp.zeros(shape, high.dtype))
+
+    def pair(i: int) -> tuple[Array, Array]:
+        x_init = noise(_random.fold_in(key, i))
+        return x_init, sample(key, denoiser, sigmas=teacher, x_init=x_init).x
+
+    pairs = [pair(i) for i in range(batches + held_out)]
+    seen, unseen = pairs[:batches], pairs[batches:]
+    metric = _banded([target for _, target in seen]) if metric is None else metric
+    data = as_data(denoiser, high.dtype)
+    origin, unravel = ravel_pytree({part: _parameter(start, part) for part in parts})
+
+    def build(flat: Array) -> Fitted:
+        new = unravel(flat)
+        if "sigmas" in new:
+            new["sigmas"] = _grid(high, new["sigmas"])
+        if "rows" in new:  # what is not there yet has no weight
+            here, back = jnp.arange(steps)[:, None, None], jnp.arange(past)[None, :, None]
+            new["rows"] = jnp.where(back < here, new["rows"], 0.0)
+        return dataclasses.replace(start, **new)
+
+    @jax.jit
+    def end(flat: Array, data: Any, x_init: Batch) -> Batch:
+        solver, key = build(flat), jax.random.key(0)
+        whole, grid = from_data(data), solver.sigmas
+        return sample(key, whole, sigmas=grid, solver=solver, x_init=x_init, remat=remat).x
+
+    @jax.jit
+    def distance(x: Batch, target: Batch) -> Array:
+        return jnp.mean(metric(x, target))
+
+    def loss(flat: Array, data: Any, pair: tuple[Array, Array]) -> Array:
+        return distance(end(flat, data, pair[0]), pair[1])
+
+    def judged(flat: Array) -> Array:
+        return jnp.stack([loss(flat, data, pair) for pair in unseen]).mean()
+
+    best, kept = judged(origin), None
+    if not jnp.isfinite(best):
+        raise ValueError(f"the loss at the start is {best}")
+    # Each parameter in units of what moves the samples as far as they are from their targets.
+    h, x = 0.01, end(origin, data, seen[0][0])
+    moved = [loss(origin + h * one, data, (seen[0][0], x)) for one in jnp.eye(origin.size)]
+    scale = jnp.minimum(h * jnp.sqrt(divide(best, jnp.stack(moved), 0.0)), 1.0)
+    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))
+
+    @jax.jit
+    def update(flat: Array, state: Any, data: Any, pair: tuple) -> tuple[Array, Any]:
+        change, state = optimizer.update(scale * jax.grad(loss)(flat, data, pair), state)
+        return flat + scale * change, state
+
+    flat, state = origin, optimizer.init(origin)
+    for i in (progress or iter)(list(range(iterations))):
+        flat, state = update(flat, state, data, seen[i % batches])
+        if (i + 1) % batches == 0 or i + 1 == iterations:
+            found = judged(flat)
+            if found < best:
+                best, kept = found, flat
+    return start if kept is None else build(kept)
+
+
+def _corrected(solver: Solver) -> Stein:
+    """The solver as a `Stein`, in one band if it is not one."""
+    return solver if isinstance(solver, Stein) else Stein(solver, basis=Whole())
+
+
+def _start(
+    key: Key, denoiser: Denoiser, shape: tuple, sigmas: ArrayLike, solver: Solver, past: int
+) -> Fitted:
+    """The solver as it is, on this grid: as `Fitted`, with corrections of 0."""
+    sigmas = check_sigmas(sigmas)
+    if np.asarray(sigmas)[-1] > 0:
+        raise ValueError(f"sigmas must end in 0, got {np.asarray(sigmas)}")
+    if isinstance(solver, Fitted):
+        solver.check(sigmas)
+        return solver
+    sigmas = jnp.append(sigmas[sigmas > 0], 0.0)
+    steps = sigmas.size - 1
+    if isinstance(solver, Stein):
+        table = calibrate(key, denoiser, shape, sigmas, solver)
+    else:
+        one = jnp.ones((steps, 1), sigmas.dtype)
+        table = Calibrated(_corrected(solver), sigmas, Lengths(one, 0 * one))
+    bands = jax.tree.leaves(table.coefficients)[0].shape[1]
+    return Fitted(
+        table.inner,
+        table.sigmas,
+        table.coefficients,
+        fingerprint(denoiser),
+        rows=jnp.zeros((steps, max(min(past, steps - 1), 1), bands), table.sigmas.dtype),
+        levels=jnp.zeros(steps, table.sigmas.dtype),
+    )
+
+
+def _parameter(solver: Fitted, part: str) -> Any:
+    """What is fitted of a part: itself, or of the grid log of its steps in log sigma, but to 0."""
+    value = getattr(solver, part)
+    return jnp.log(-jnp.diff(jnp.log(value[:-1]))) if part == "sigmas" else value
+
+
+def _grid(high: Scalar, increments: Array) -> Sigmas:
+    """The grid of these: from `high`, always decreasing, and then 0."""
+    below = high * jnp.exp(-jnp.cumsum(jnp.exp(increments)))
+    return jnp.concatenate([high[None], below, jnp.zeros_like(high)[None]])
+
+
+def _banded(targets: list[Array]) -> Metric:
+    """Squared error in each band over the targets' variance there, averaged over the bands."""
+    basis = default_basis(targets[0].shape)
+    partition = basis.partition(targets[0].shape[1:])
+    x = jnp.concatenate([basis.transform(target) for target in targets])
+    x -= x.mean(0, keepdims=True)
+    weights = divide(1.0, partition.inner(x, x).mean(0), 0.0) / len(partition.sizes)
+
+    def metric(x: Batch, target: Batch) -> Array:
+        error = basis.transform(x - target)
+        return partition.inner(error, error) @ weights
+
+    return metric
