@@ -16,7 +16,7 @@ from steindiff_jax._numerics import at_least_float32
 def fields(self: Any) -> None:
     """ValueError unless every field is one of its `choices`, or `within` its interval.
 
-    Numbers become Python floats: an int, a float and a NumPy scalar then share one program.
+    Numbers become Python floats, so that all kinds of them share one program.
     """
     for field in dataclasses.fields(self):
         value, choices = getattr(self, field.name), field.metadata.get("choices")
@@ -29,8 +29,9 @@ def fields(self: Any) -> None:
 
 
 def as_float(value: Any) -> Any:
-    """A Python int or a NumPy scalar as a float; arrays and all else as they are."""
-    return float(value) if isinstance(value, int | np.integer | np.floating) else value
+    """A number as Python's float, whoever made it; what is traced or has axes as it is."""
+    known = isinstance(value, ArrayLike) and not isinstance(value, Tracer)
+    return float(value) if known and jnp.ndim(value) == 0 else value
 
 
 def number(name: str, value: Any, within: str) -> None:

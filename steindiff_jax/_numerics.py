@@ -18,7 +18,8 @@ _NODES = (_NODES + 1) / 2
 
 def at_least_float32(x: Array) -> Array:
     """The array in float32 or wider: the dtype of states and statistics."""
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    return x if x.dtype == dtype and not getattr(x, "weak_type", False) else x.astype(dtype)
 
 
 def inner(a: Batch, b: Batch) -> Rows:

@@ -124,7 +124,7 @@ def ddpm_sigmas(steps: int, schedule: Discrete, spacing: str = "trailing") -> Si
 
 def check_sigmas(sigmas: ArrayLike) -> Array:
     """The grid as an array, or a ValueError that says what is wrong; traced values pass unseen."""
-    grid = jnp.asarray(sigmas)
+    grid = sigmas if isinstance(sigmas, Array) else jnp.asarray(sigmas)
     if not jnp.issubdtype(grid.dtype, jnp.floating):
         raise ValueError(f"sigmas must be floating point, got {grid.dtype}")
     if grid.ndim != 1 or grid.size < 2:
@@ -132,6 +132,8 @@ def check_sigmas(sigmas: ArrayLike) -> Array:
     if isinstance(grid, Tracer):
         return grid
     values = np.asarray(grid)
+    if values[0] < np.inf and values[-1] >= 0 and (values[1:] < values[:-1]).all():
+        return grid  # as nearly all are; what follows finds zeros at the end, and what is wrong
     if not np.isfinite(values).all():
         raise ValueError(f"sigmas must be finite, got {values}; start a flow at t < 1")
     positive = values[: np.argmin(values > 0)] if values[-1] <= 0 else values

@@ -100,24 +100,25 @@ def sample(
     padded = (
         not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(np.asarray(sigmas)[-2] == 0)
     )
-    parts = denoiser, solver, record
-    program, parts = _program(jax.tree.leaves(parts)), as_data(parts, sigmas.dtype)
-    return program(key, *parts, sigmas, x_init, shape=shape, padded=padded, remat=remat)
+    leaves, structure = jax.tree.flatten((denoiser, solver, record))
+    data = as_data(leaves, sigmas.dtype)
+    program = _program(leaves)
+    options = dict(shape=shape, padded=padded, remat=remat)
+    return program(key, data, sigmas, x_init, structure=structure, **options)
 
 
 def _sample(
     key: Key,
-    denoiser: Any,
-    solver: Any,
-    record: Any,
+    data: list,
     sigmas: Sigmas,
     x_init: Batch | None,
     *,
+    structure: Any,
     shape: tuple[int, ...],
     padded: bool,
     remat: bool,
 ) -> Solution:
-    denoiser, solver, record = from_data((denoiser, solver, record))
+    denoiser, solver, record = structure.unflatten(from_data(data))
     key_noise, key_steps = _random.split(key)
     if x_init is None:
         # A solver that knows the mapped axis of the batch would else start every shard alike.
@@ -176,6 +177,7 @@ class Static:
 
 
 _PROGRAMS: dict[tuple, Any] = {}
+STATIC = ("structure", "shape", "padded", "remat")
 
 
 def _program(leaves: list) -> Any:
@@ -185,7 +187,7 @@ def _program(leaves: list) -> Any:
     """
     functions = tuple(weakref.ref(leaf) for leaf in leaves if _by_identity(leaf))
     if functions not in _PROGRAMS:
-        program = jax.jit(partial(_sample), static_argnames=("shape", "padded", "remat"))
+        program = jax.jit(partial(_sample), static_argnames=STATIC)
         forget = [weakref.ref(f(), lambda _: _PROGRAMS.pop(functions, None)) for f in functions]
         _PROGRAMS[functions] = program, forget
     return _PROGRAMS[functions][0]
@@ -214,8 +216,10 @@ def _as_data(leaf: Any, dtype: Any) -> Any:
     """A leaf as an argument of `jit`: numbers in one dtype, so that all kinds share a program."""
     # Arrays of keys have no weak type.
     weak = isinstance(leaf, Array) and leaf.ndim == 0 and getattr(leaf, "weak_type", False)
-    if isinstance(leaf, float | np.floating) or (weak and jnp.issubdtype(leaf.dtype, jnp.floating)):
-        return jnp.asarray(leaf, dtype)
+    if isinstance(leaf, float | np.floating):
+        return np.asarray(leaf, dtype)  # jnp.asarray is slower, and runs in every call
+    if weak and jnp.issubdtype(leaf.dtype, jnp.floating):
+        return leaf.astype(dtype)
     # What is traced is an Array, but no ArrayLike.
     if isinstance(leaf, (Array, ArrayLike)):
         return leaf

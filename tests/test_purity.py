@@ -255,6 +255,26 @@ def test_vmap_over_floats_grids_and_weights():
     assert_allclose(jax.vmap(one)(*arguments), loop, rtol=1e-9, atol=1e-12)
 
 
+def test_a_grid_for_each_sample():
+    """`sample` mapped over single samples: of one grid, a batch with statistics of each sample."""
+    x, denoiser = normal(3, 2, scale=10.0), mixture()
+
+    def one(x, sigmas):
+        solution = draw(denoiser, sd.Stein(sd.IPNDM(3)), sigmas=sigmas, x_init=x[None])
+        return solution.x[0], solution.info.gamma
+
+    mapped = jax.jit(jax.vmap(one))
+    batch = draw(denoiser, sd.Stein(sd.IPNDM(3), statistics="sample"), x_init=x)
+    same, gamma = mapped(x, jnp.stack([GRID] * 3))
+    assert_allclose(same, batch.x, rtol=1e-9, atol=1e-12)
+    assert_allclose(gamma, batch.info.gamma.T, rtol=1e-9, atol=1e-12)
+    grids = jnp.stack([sd.karras_sigmas(4, 0.1, level) for level in (0.5, 2.0, 10.0)])
+    others = mapped(x, grids)[0]
+    loop = jnp.stack([one(*pair)[0] for pair in zip(x, grids, strict=True)])
+    assert_allclose(others, loop, rtol=1e-9, atol=1e-12)
+    assert np.abs(others - same)[:2].max() > 1e-3
+
+
 QUICK = ("2M", "Stein IPNDM")
 
 
