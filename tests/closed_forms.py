@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import steindiff_jax as sd
+from steindiff_jax.solvers.multistep import Memory
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -184,10 +185,19 @@ def run(denoiser, sigmas, solver, x_init, **kwargs):
 
 def walk(denoiser, solver, sigmas, x):
     """`sample` step by step, so that a solver is compiled once for grids of all lengths."""
-    x, padded = jnp.asarray(x), np.zeros(21, np.asarray(sigmas).dtype)
-    padded[: len(sigmas)] = sigmas
-    state = sd.State(x, jax.jit(type(solver).init)(solver, x, padded))
-    for now, then in pairwise(jnp.asarray(sigmas)):
+    sigmas = jnp.asarray(sigmas)
+    x = jnp.asarray(x)
+
+    def padded(memory):
+        if not isinstance(memory, Memory):
+            return memory
+        more = 20 - memory.weights.shape[0]
+        return memory._replace(weights=jnp.pad(memory.weights, ((0, more), (0, 0))))
+
+    memory = solver.init(x, sigmas)
+    memory = jax.tree.map(padded, memory, is_leaf=lambda part: isinstance(part, Memory))
+    state = sd.State(x, memory)
+    for now, then in pairwise(sigmas):
         state = _step(denoiser, solver, state, now, then)
     return state.x
 
