@@ -151,7 +151,7 @@ def fit(
         targets, averaged over the bands.
       batches: of noise, each seen again every so many iterations.
       held_out: further batches, that decide which parameters are kept.
-      iterations: number of updates by Adam with a cosine decay.
+      iterations: of Adam, whose learning rate falls as a cosine.
       learning_rate: the first, for parameters in units of what moves the samples as far as they are
         from their targets at the start.
       remat: as in `sample`.
@@ -168,7 +168,8 @@ def fit(
 
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"parts must be some of {PARTS}, got {parts!r}")
-    for name, value in {"past": past, "batches": batches, "held_out": held_out}.items():
+    counts = {"past": past, "batches": batches, "held_out": held_out, "iterations": iterations}
+    for name, value in counts.items():
         _checks.count(name, value)
     _checks.number("learning_rate", learning_rate, "(0, inf)")
     start = _start(key, denoiser, shape, sigmas, solver, past)
@@ -223,7 +224,7 @@ def fit(
     h, x = 0.01, end(origin, data, seen[0][0])
     moved = [loss(origin + h * one, data, (seen[0][0], x)) for one in jnp.eye(origin.size)]
     scale = jnp.minimum(h * jnp.sqrt(divide(best, jnp.stack(moved), 0.0)), 1.0)
-    optimizer = optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))
+    optimizer: Any = optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))
 
     @jax.jit
     def update(flat: Array, state: Any, data: Any, pair: tuple) -> tuple[Array, Any]:

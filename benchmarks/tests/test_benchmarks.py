@@ -1,5 +1,6 @@
 """The benchmarks' own mathematics, and that each of them runs."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ import alternatives
 import anatomy
 import cost
 import diversity
+import fitting
 import metrics
 import precision
 import problems
@@ -214,12 +216,16 @@ def test_length_only_has_the_length_of_the_exact_step(delta):
     assert not drift.any()
 
 
+FITTING = ["--problems", "few clumps", "--samples", "20", "--steps", "3", "--iterations", "2"]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "arguments", "prints"),
     [
         (cost, ["--tiny"], "| attention 4 | one probe, secant |"),
         (precision, ["--samples", "16", "--steps", "3", "--draws", "2"], "| 3 | probes | 4 |"),
+        (fitting, [*FITTING, "--seeds", "1", "--draws", "1", "--output", os.devnull], "| GITS |"),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )

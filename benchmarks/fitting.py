@@ -1,0 +1,189 @@
+"""Solvers fitted to a network, against closed forms (hours on two cores, 15 minutes with --quick).
+
+Few evaluations of the digits network and, with --problems, of the network of natural images. Plain:
+the best of four solvers on two grids, of each distance by itself. Closed form: the default, on the
+better of the two grids. GITS: iPNDM-3 on a grid by dynamic programming. Fitted: the grid alone
+(as LD3), the rows alone (as S4S), both (as GS), all together from the closed form. "40 steps" is
+what they imitate, and as far from the law as so few samples are in any case. Each seed has a
+fit of its own; distances are those of `metrics.Distance`, on noise that no fit has seen. What
+loses is printed first. Writes results/fitting.json; --read prints such a file.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import re
+import shlex
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+import metrics
+import problems
+import steindiff_jax as sd
+import sweep
+from steindiff_jax.denoisers import rows
+
+PLAIN = ("DDIM", "2M", "iPNDM-3", "UniPC-2")
+INNER, ALL = sd.IPNDM(3), ("sigmas", "coefficients", "rows")
+FITS = {
+    "grid alone (LD3)": (INNER, ("sigmas",)),
+    "rows alone (S4S)": (INNER, ("rows",)),
+    "grid and rows (GS)": (INNER, ("sigmas", "rows")),
+    "all": (sd.Stein(INNER), ALL),
+}
+QUICK = ["--steps", "4", "5", "6", "--seeds", "1", "--iterations", "100", "--batch", "32"]
+TEACHER = sd.log_snr_sigmas(40)
+
+
+def peak(reset: bool = False) -> float:
+    """Most memory that this process held since the last reset, in MB; NaN where not on Linux."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+    except (OSError, TypeError):
+        return math.nan
+
+
+class Bench:
+    """One problem at one number of steps: samplers by name, judged on noise of their own."""
+
+    def __init__(self, distances: metrics.Distances, steps: int, arguments) -> None:
+        self.distances, self.steps, self.a = distances, steps, arguments
+        self.batch = min(arguments.batch, distances.n)
+        self.denoiser = rows(distances.problem.denoiser, lambda row: row[: self.batch])
+
+    def judge(self, solver, sigmas, seed: int) -> np.ndarray:
+        """Geometric means of the distances over `draws` batches of noise."""
+        found, denoiser = [], self.distances.problem.denoiser
+        for draw in range(seed * self.a.draws, (seed + 1) * self.a.draws):
+            noise = self.distances.noise(draw)
+            start = np.asarray(sigmas, noise.dtype)
+            key, x_init = jax.random.key(draw), start[0] * noise
+            start = np.pad(start, (0, max(*self.a.steps, len(start) - 1) + 1 - len(start)))
+            x = sd.sample(key, denoiser, sigmas=start, solver=solver, x_init=x_init).x
+            found.append(self.distances(np.asarray(x), draw))
+        return np.exp(np.log(np.array(found)).mean(axis=0))
+
+    def run(self, method: str, seed: int) -> dict:
+        """Its distances; of a fit also the grid, minutes and megabytes."""
+        if method in REFERENCES:
+            found = [self.judge(solver, grid, seed) for solver, grid in REFERENCES[method](self)]
+            return {"distance": np.min(found, axis=0).tolist()}  # each of the best by itself
+        key, shape = jax.random.key(100 + seed), (self.batch, *self.distances.event)
+        before, begun = peak(reset=True), time.perf_counter()
+        if method == "GITS":
+            solver = INNER
+            sigmas = sd.gits_sigmas(key, self.denoiser, shape, self.steps, TEACHER)
+        else:
+            start, (solver, parts) = sd.karras_sigmas(self.steps), FITS[method]
+            options = {"parts": parts, "teacher": TEACHER, "iterations": self.a.iterations}
+            solver = sd.fit(key, self.denoiser, shape, start, solver, **options)
+            sigmas = solver.sigmas
+        minutes, megabytes = (time.perf_counter() - begun) / 60, peak() - before
+        return {
+            "distance": self.judge(solver, sigmas, seed).tolist(),
+            "sigmas": np.asarray(sigmas).tolist(),
+            "minutes": minutes,
+            "megabytes": megabytes,
+        }
+
+    def grids(self) -> list:
+        return [grid(self.steps) for grid in sweep.GRIDS.values()]
+
+
+REFERENCES = {
+    "plain": lambda bench: [(sweep.SOLVERS[s], g) for s in PLAIN for g in bench.grids()],
+    "closed form": lambda bench: [(sd.Stein(INNER), g) for g in bench.grids()],
+    "40 steps": lambda _: [(sd.Stein(INNER), TEACHER)],
+}
+METHODS = [*REFERENCES, "GITS", *FITS]
+
+
+def show(runs: list[dict]) -> None:
+    measures = metrics.Distance._fields[:3]
+    methods = [name for name in METHODS if any(run["method"] == name for run in runs)]
+    logs = {
+        (run["method"], run["problem"], run["steps"], run["seed"], measure): math.log(value)
+        for run in runs
+        for measure, value in zip(measures, run["distance"], strict=False)
+    }
+    seeds = sorted({run["seed"] for run in runs})
+
+    def ratio(a: str, b: str, *case) -> tuple[float, float]:
+        """Geometric mean of a / b, and the half-width of its interval over the seeds."""
+        pairs = [[logs.get((m, *case[:2], s, case[2]), math.nan) for m in (a, b)] for s in seeds]
+        return sweep.interval([x - y for x, y in pairs if not math.isnan(x - y)])
+
+    cases = sorted({(run["problem"], run["steps"]) for run in runs})
+    print("What loses to the closed form:\n")
+    for case, method, measure in itertools.product(cases, methods, measures):
+        found = ratio(method, "closed form", *case, measure)
+        if found[0] > 1 and method != "plain":
+            print(f"- {case[0]}, {case[1]} steps, {method}, {measure}: {sweep.shown(found)}")
+    for measure in measures:
+        lines = []
+        for method in methods:
+            cells = [
+                np.mean([logs.get((method, *case, s, measure), math.nan) for s in seeds])
+                for case in cases
+            ]
+            lines.append([method, *(f"{math.exp(cell):.3f}" for cell in cells)])
+        for a, b in (("all", "closed form"), ("closed form", "grid alone (LD3)")):
+            cells = [ratio(a, b, *case, measure) for case in cases]
+            lines.append([f"{a} / {b}", *map(sweep.shown, cells)])
+        print(f"\n### {measure}\n")
+        print(metrics.table(["", *(f"{p}, {k}" for p, k in cases)], lines))
+    print("\n### Minutes and MB (on top of what the process held) of a fit\n")
+    lines = []
+    for method in methods:
+        here = [run for run in runs if run["method"] == method and "minutes" in run]
+        if here:
+            cost = (np.mean([run[name] for run in here]) for name in ("minutes", "megabytes"))
+            lines.append([method, *(f"{value:.1f}" for value in cost)])
+    print(metrics.table(["", "minutes", "MB"], lines))
+
+
+def main() -> None:
+    here = Path(__file__).parent
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--problems", nargs="+", default=["digits network"])
+    parser.add_argument("--steps", nargs="+", type=int, default=[3, 4, 5, 6, 8])
+    parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="NAME")
+    parser.add_argument("--seeds", type=int, default=3, help="of a fit each")
+    parser.add_argument("--draws", type=int, default=2, help="batches of noise that judge it")
+    parser.add_argument("--samples", type=int, default=200)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--quick", action="store_true", help=f"stands for {shlex.join(QUICK)}")
+    parser.add_argument("--output", type=Path, default=here / "results" / "fitting.json")
+    parser.add_argument("--read", type=Path, nargs="*", help="results of earlier runs")
+    given = sys.argv[1:]
+    arguments = parser.parse_args([*QUICK, *given] if "--quick" in given else given)
+    if arguments.read is not None:
+        show([run for path in arguments.read for run in json.loads(path.read_text())["runs"]])
+        return
+    runs = []
+    for problem in arguments.problems:
+        half = "tune" if problem in problems.HALVES["tune"] else "report"
+        with sweep.prepared(half, problem, arguments.samples) as distances:
+            for steps in tqdm(arguments.steps):
+                bench = Bench(distances, steps, arguments)
+                for seed, method in itertools.product(range(arguments.seeds), arguments.methods):
+                    at = {"problem": problem, "steps": steps, "seed": seed, "method": method}
+                    runs.append(at | bench.run(method, seed))
+    command = "python " + shlex.join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
+    content = {"command": command, "distances": metrics.Distance._fields, "runs": runs}
+    arguments.output.parent.mkdir(exist_ok=True, parents=True)
+    arguments.output.write_text(json.dumps(content, separators=(",", ":")))
+    show(runs)
+
+
+if __name__ == "__main__":
+    main()
