@@ -85,8 +85,8 @@ def test_a_step_by_hand():
     y, past = x, []
     for i, (s, t) in enumerate(itertools.pairwise(GRID)):
         x0 = DENOISER(y, s * jnp.exp(solver.levels[i]))
-        change = drift[i] * (x0 - y)
-        for c, before in zip(solver.rows[i], past, strict=False):
+        change = float(drift[i, 0]) * (x0 - y)
+        for c, before in zip(solver.rows[i, :, 0].tolist(), past, strict=False):
             change += c * (before - x0)
         y, past = sd.ddim(y, x0 + change, s, t), [x0, *past]
     assert_allclose(run(solver, x), y, rtol=1e-9, atol=1e-9)
