@@ -169,20 +169,20 @@ def main() -> None:
     if arguments.read is not None:
         show([run for path in arguments.read for run in json.loads(path.read_text())["runs"]])
         return
-    runs = []
+    command = "python " + shlex.join(["benchmarks/" + Path(sys.argv[0]).name, *given])
+    content = {"command": command, "distances": metrics.Distance._fields, "runs": []}
+    arguments.output.parent.mkdir(exist_ok=True, parents=True)
     for problem in arguments.problems:
         half = "tune" if problem in problems.HALVES["tune"] else "report"
+        cases = [*itertools.product(arguments.steps, range(arguments.seeds), arguments.methods)]
         with sweep.prepared(half, problem, arguments.samples) as distances:
-            for steps in tqdm(arguments.steps):
-                bench = Bench(distances, steps, arguments)
-                for seed, method in itertools.product(range(arguments.seeds), arguments.methods):
-                    at = {"problem": problem, "steps": steps, "seed": seed, "method": method}
-                    runs.append(at | bench.run(method, seed))
-    command = "python " + shlex.join(["benchmarks/" + Path(sys.argv[0]).name, *sys.argv[1:]])
-    content = {"command": command, "distances": metrics.Distance._fields, "runs": runs}
-    arguments.output.parent.mkdir(exist_ok=True, parents=True)
-    arguments.output.write_text(json.dumps(content, separators=(",", ":")))
-    show(runs)
+            for steps, seed, method in tqdm(cases):
+                at = {"problem": problem, "steps": steps, "seed": seed, "method": method}
+                result = Bench(distances, steps, arguments).run(method, seed)
+                content["runs"].append(at | result)
+                # Of a run that is stopped, what is done so far.
+                arguments.output.write_text(json.dumps(content, separators=(",", ":")))
+    show(content["runs"])
 
 
 if __name__ == "__main__":
