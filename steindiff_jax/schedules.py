@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
@@ -172,8 +173,8 @@ class Discrete(_VariancePreserving):
 
     def __post_init__(self) -> None:
         _checks.fields(self)
-        if jnp.ndim(self.betas) != 1 or not jnp.size(self.betas):
-            raise ValueError(f"betas must have shape (steps,), got {jnp.shape(self.betas)}")
+        if np.ndim(self.betas) != 1 or not np.size(self.betas):
+            raise ValueError(f"betas must have shape (steps,), got {np.shape(self.betas)}")
 
     @classmethod
     def linear(cls, steps: int = 1000, start: float = 1e-4, end: float = 0.02) -> "Discrete":

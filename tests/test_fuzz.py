@@ -741,6 +741,9 @@ ELSEWHERE = {
     ),
     "load_diffusers": "reads files: test_checkpoints.py",
     "Betas": "what a file says: test_checkpoints.py",
+    "fit": "minutes of descent: test_fitting.py",
+    "gits_sigmas": "a long solve: test_fitting.py",
+    "Fitted": "what `fit` makes: test_fitting.py",
 }
 
 
