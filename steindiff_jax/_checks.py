@@ -31,7 +31,7 @@ def fields(self: Any) -> None:
 def as_float(value: Any) -> Any:
     """A number as Python's float, whoever made it; what is traced or has axes as it is."""
     known = isinstance(value, ArrayLike) and not isinstance(value, Tracer)
-    return float(value) if known and jnp.ndim(value) == 0 else value
+    return float(value) if known and jnp.ndim(value) == 0 else value  # pyright: ignore[reportArgumentType]
 
 
 def number(name: str, value: Any, within: str) -> None:
