@@ -208,7 +208,8 @@ def test_bases_are_orthonormal(basis, event):
 def test_length_only_has_the_length_of_the_exact_step(delta):
     """|gamma delta| = |eta (x - D)|, and eta is the drift of a step whose own delta is 0."""
     one = jnp.ones(1)
-    m = LengthMoments(2 * one, one, -0.5 * one, delta * one, one, 0 * one, None)
+    none = 0 * one  # confirmed by nothing, so that delta is corrected in full
+    m = LengthMoments(2 * one, one, -0.5 * one, delta * one, one, none, none, None)
     at = 10 * one, jnp.float64(0.5), jnp.float64(0.2)
     eta = sd.PosteriorLength().coefficients(m._replace(delta=0 * one), *at).drift
     gamma, drift = alternatives.LengthOnly(gamma_max=np.inf).coefficients(m, *at)
