@@ -11,6 +11,7 @@ seeds; losses are printed first. Writes results/guidance.json after each method;
 
 import argparse
 import itertools
+import sys
 from pathlib import Path
 
 import jax
@@ -57,8 +58,10 @@ METHODS = {
 }
 
 
-def measure(classes: problems.Classes, data: metrics.Distances, method: str, scale: float, a, name):
-    """Every run's distances from both laws; the problem's name says which, and the method."""
+def measure(
+    name: str, classes: problems.Classes, data: metrics.Distances, method: str, scale: float, a
+) -> dict[sweep.Run, metrics.Distance]:
+    """Every run's distances from both laws; what stands for the problem says method and law too."""
     problem, n, found = data.problem, data.n, {}
     against = classes.weaker if method == "autoguidance" else classes.unconditional
     if against is None or (method == "by band" and len(problem.event) == 1):
@@ -147,11 +150,15 @@ def main() -> None:
     runs = {}
     for name in a.problems:
         with jax.enable_x64(name in mixtures):
-            classes = problems.REPORT_CLASSES[name](a.samples)
+            try:
+                classes = problems.REPORT_CLASSES[name](a.samples)
+            except FileNotFoundError as error:
+                print(f"{name} is left out: {error}", file=sys.stderr)
+                continue
             data = metrics.Distances(classes.conditional, a.samples)
             for method in tqdm(a.methods, desc=name):
                 for scale in a.guidance:
-                    runs |= measure(classes, data, method, scale, a, name)
+                    runs |= measure(name, classes, data, method, scale, a)
                 jax.clear_caches()  # hundreds of compiled programs exhaust a process's memory maps
                 sweep.write(runs, a.output)
     show(runs, a.measure)
