@@ -6,11 +6,12 @@ Data are scaled to standard deviation 0.5, as EDM does, where they are real. Rul
 `TUNE` and reported on `REPORT`.
 """
 
+import dataclasses
 import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -149,6 +150,18 @@ def clumps(modes: int = 20, d: int = 32, std: float = 0.1, seed: int = 3) -> Mix
     return mixture(np.random.default_rng(seed).standard_normal((modes, d)) * 0.5, std)
 
 
+def families(
+    classes: int = 10, modes: int = 4, d: int = 32, std: float = 0.15, seed: int = 0
+) -> Mixture:
+    """Isotropic components, so many at random about each of some centres."""
+    rng = np.random.default_rng(seed)
+    centres, offsets = (
+        rng.standard_normal((classes, 1, d)),
+        rng.standard_normal((classes, modes, d)),
+    )
+    return mixture((0.4 * centres + 0.3 * offsets).reshape(-1, d), std)
+
+
 def scaled(data: np.ndarray) -> np.ndarray:
     """Standard deviation 0.5 over all entries."""
     return 0.5 * data / data.std()
@@ -190,6 +203,40 @@ def colour_patches(components: int, size: int, first: int, seed: int = 0) -> Mix
         return np.stack(found)
 
     return fitted(f"colour-{components}-{size}-{first}-{seed}", data, components)
+
+
+def thumbnails(
+    classes: Iterable[int], components: int = 3, size: int = 8, rank: int = 48
+) -> Mixture:
+    """So many components fitted to each of these classes of CIFAR-10, reduced in size.
+
+    The variances along all but their first `rank` axes are one, the mean of them.
+    """
+    from PIL import Image
+
+    def data(label: int) -> np.ndarray:
+        with np.load(DATA / "cifar10_jpeg_train.npz") as file:
+            jpeg, offsets, labels = file["jpeg"].tobytes(), file["offsets"], file["labels"]
+        found = []
+        for i in np.flatnonzero(labels == label):
+            image = Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]])).convert("RGB")
+            found.append(np.asarray(image.resize((size, size), Image.Resampling.BOX)))
+        return np.stack(found)
+
+    each = [
+        fitted(f"class-{label}-{components}-{size}", partial(data, label), components)
+        for label in classes
+    ]
+    variances = np.concatenate([m.floor + m.spread for m in each])  # ascending
+    floor = variances[:, :-rank].mean()
+    return Mixture(
+        means=np.concatenate([m.means for m in each]),
+        axes=np.concatenate([m.axes for m in each])[:, :, -rank:],
+        spread=variances[:, -rank:] - floor,
+        floor=floor,
+        log_weights=np.concatenate([m.log_weights for m in each]) - np.log(len(each)),
+        event=each[0].event,
+    )
 
 
 def fitted(name: str, data: Callable, components: int) -> Mixture:
@@ -407,6 +454,54 @@ def _network(trained, weights, event, scale, batch, draws, fine) -> Problem:
     state = hashlib.sha256(weights).hexdigest()[:12]
     name = f"{trained.__name__}-{scale:g}-{batch}-{draws}-{fine}-{state}"
     return problem._replace(law=kept(name, law)["law"])
+
+
+class Classes(NamedTuple):
+    """The data of a class, and what guides towards them.
+
+    conditional: the problem without guidance; unconditional: the denoiser of all classes; weaker: a
+    worse one of the class, for autoguidance, if there is one.
+    """
+
+    conditional: Problem
+    unconditional: sd.Denoiser
+    weaker: sd.Denoiser | None = None
+
+
+def first_class(whole: Mixture, classes: int) -> Classes:
+    """The first of so many classes, each of equally many components; the weaker has 1.1 its std."""
+    log_weights = whole.log_weights[: len(whole.means) // classes]
+    own = dataclasses.replace(
+        whole,
+        means=whole.means[: len(log_weights)],
+        axes=whole.axes[: len(log_weights)],
+        spread=whole.spread[: len(log_weights)],
+        log_weights=log_weights - np.log(np.exp(log_weights).sum()),
+    )
+    wider = dataclasses.replace(own, floor=1.1**2 * own.floor, spread=1.1**2 * own.spread)
+    return Classes(exact(own), whole, wider)
+
+
+def image_classes(batch: int) -> Classes:
+    """All classes of the network of natural images in turn; the law is that of the test images."""
+    import images as trained
+
+    denoiser = trained.load(jnp.arange(batch) % 10)
+    law = trained.images(DATA, "test")[0]
+    problem = Problem(denoiser, law.shape[1:], law, fine=40)
+    return Classes(problem, trained.load(jnp.full(batch, trained.NULL)))
+
+
+# Of a number of samples, as the networks below.
+TUNE_CLASSES = {
+    "families": lambda _: first_class(families(5, d=16, seed=21), 5),
+    "thumbnails 8x8": lambda _: first_class(thumbnails(range(5)), 5),
+}
+REPORT_CLASSES = {
+    "families": lambda _: first_class(families(seed=22), 10),
+    "thumbnails 8x8": lambda _: first_class(thumbnails(range(5, 10)), 5),
+    "images network": image_classes,
+}
 
 
 # Of a number of samples that are drawn at once, whose labels the denoiser holds.

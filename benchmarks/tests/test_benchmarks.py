@@ -17,6 +17,7 @@ import anatomy
 import cost
 import diversity
 import fitting
+import guidance
 import metrics
 import precision
 import problems
@@ -132,6 +133,29 @@ def test_covariance_of_a_mixture(mixture):
     np.testing.assert_allclose(found, covariance, atol=5 * covariance.max() * np.sqrt(2 / n))
 
 
+def test_the_first_class_of_a_mixture(mixture):
+    """Of three, a class is one Gaussian; of one, it is all."""
+    x, sigma = np.random.default_rng(0).standard_normal((5, 4)), jnp.float64(0.6)
+    axes, spread, floor = mixture.axes[0], mixture.spread[0], mixture.floor
+    covariance = floor * np.eye(4) + axes * spread @ axes.T
+    shrink = covariance @ np.linalg.inv(covariance + sigma**2 * np.eye(4))
+    classes = problems.first_class(mixture, 3)
+    found = classes.conditional.denoiser(jnp.asarray(x), sigma)
+    expected = mixture.means[0] + (x - mixture.means[0]) @ shrink.T
+    np.testing.assert_allclose(found, expected, atol=1e-12)
+    np.testing.assert_allclose(classes.weaker.covariance(), 1.21 * covariance, atol=1e-12)
+    found = problems.first_class(mixture, 1).conditional.denoiser(jnp.asarray(x), sigma)
+    np.testing.assert_allclose(found, classes.unconditional(jnp.asarray(x), sigma), atol=1e-12)
+
+
+def test_strength_of_cfgpp():
+    """Its scales at the nodes have the guidance as their geometric mean."""
+    sigmas = np.asarray(sd.karras_sigmas(5))
+    scale = guidance.cfgpp(3.0, np.pad(sigmas, (0, 2)))["scale"]
+    scales = [float(scale(jnp.asarray(sigma))) for sigma in sigmas[:-1]]
+    assert metrics.geometric_mean(scales) == pytest.approx(3)
+
+
 def test_waves_are_a_gaussian():
     """Against the posterior mean of the covariance matrix, which is that of the draws."""
     waves = problems.power_law(2.0, 4)
@@ -238,6 +262,7 @@ def test_runs_with_a_network(script, arguments, prints, monkeypatch, capsys):
 
 
 FEW = ["--samples", "20", "--solvers", "2M"]
+GUIDANCE = ["families", "--methods", "CFG++", "APG", "--guidance", "3", "--draws", "20"]
 
 
 @pytest.mark.slow
@@ -247,6 +272,7 @@ FEW = ["--samples", "20", "--solvers", "2M"]
         (quality, ["few clumps", "--seeds", "2", "--steps", "3", "4", "--output"], "| **all** |"),
         (alternatives, ["grey patches 6x6", "--steps", "4", "--output"], "| aDDIM in bands |"),
         (robustness, ["few clumps", "--seeds", "2", "--steps", "4"], "| s_max 5 |"),
+        (guidance, [*GUIDANCE, "--steps", "4", "--seeds", "2", "--output"], "| CFG++ | 3 |"),
         (diversity, ["few clumps", "--seeds", "1"], "| few clumps | exact draws |"),
         (anatomy, ["ring"], "| ring | 2M |"),
     ],
