@@ -60,7 +60,8 @@ def main() -> None:
     names, parts = compare.PROBLEMS, (*libraries.PARTS, "time")
     parser.add_argument("--problems", choices=names, **several)
     parser.add_argument("--parts", default=tuple(libraries.PARTS), choices=parts, **several)
-    parser.add_argument("--seeds", type=int)
+    parser.add_argument("--seeds", type=int, help="default: 5")
+    parser.add_argument("--evaluations", nargs="+", type=int, help="default: 3 to 16, networks 10")
     parser.add_argument("--jobs", type=int, default=2, help="problems and parts at a time")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--flax", type=Path, default=ENVIRONMENT / "flax", help="older diffusers")
@@ -69,6 +70,8 @@ def main() -> None:
     sizes = together.QUICK if arguments.quick else compare.Sizes()
     problems = arguments.problems or (together.QUICK_PROBLEMS if arguments.quick else names)
     sizes = sizes._replace(seeds=arguments.seeds or sizes.seeds)
+    if chosen := arguments.evaluations:
+        sizes = sizes._replace(evaluations=tuple(chosen), network_evaluations=tuple(chosen))
     output = arguments.output or (HERE / "runs" / "quick" if arguments.quick else HERE)
     if not arguments.report:
         chosen = [part for part in arguments.parts if part != "time"]

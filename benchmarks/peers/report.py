@@ -339,16 +339,15 @@ def times(records: list[dict]) -> str:
 def plot(comparison: Comparison, path: Path) -> None:
     """A panel for each family: our default, the best of their defaults, the best of each side."""
     shown = [name for name in FAMILIES if comparison.cases(name)]
-    figure, axes = plt.subplots(
-        1, len(shown), figsize=(1 + 2.6 * len(shown), 3), squeeze=False, layout="constrained"
-    )
+    size = 1 + 2.6 * len(shown), 3
+    figure, axes = plt.subplots(1, max(len(shown), 1), figsize=size, squeeze=False, layout="tight")
     lines = {
         "default": ("ours", OURS, "C3-"),
         "best of ours": ("ours", None, "C3:"),
         "best of their defaults": ("peer", THEIRS, "C0-"),
         "best of theirs": ("peer", None, "C0:"),
     }
-    for axis, name in zip(axes[0], shown, strict=True):
+    for axis, name in zip(axes[0], shown, strict=False):
         budgets = sorted({case[2] for case in comparison.cases(name)})
         for label, (side, among, style) in lines.items():
             columns = [comparison.cases(name, n) for n in budgets]

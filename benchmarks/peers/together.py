@@ -32,6 +32,7 @@ QUICK = compare.Sizes(
     gits_draws=60,
 )
 QUICK_PROBLEMS = ("few clumps", "grey patches 8x8", "digits network")
+LONGEST = ("images network", "spectrum k^-2, 32x32x3")  # are begun first
 NAMES = ("torch", "diffusers", "azula", "diffrax", "jax", "jaxlib", "numpy", "steindiff_jax")
 
 
@@ -42,8 +43,7 @@ def file(output: Path, name: str, guidance: float, part: str) -> Path:
 
 
 def prepare(flax: Path | None = None) -> None:
-    """Of a new process: one thread; the older diffusers first where it is asked for."""
-    os.environ.setdefault("NPROC", "1")  # of XLA
+    """Of a new process: the older diffusers first where it is asked for; one thread."""
     if flax is not None:
         sys.path.insert(0, str(flax))
     elif libraries.installed("torch"):
@@ -74,6 +74,8 @@ def run(problems, parts, sizes, jobs: int, output: Path, flax: Path) -> None:
         for part, name in itertools.product(parts, problems)
         for w in compare.scales(name)
     ]
+    tasks.sort(key=lambda task: task[0] not in LONGEST)
+    os.environ["NPROC"] = "1"  # XLA's threads, of the new processes
     # Hundreds of compiled programs in one process exhaust its memory maps.
     spawn = {"mp_context": get_context("spawn"), "max_tasks_per_child": 1}
     with ProcessPoolExecutor(jobs, **spawn) as pool:
@@ -81,6 +83,7 @@ def run(problems, parts, sizes, jobs: int, output: Path, flax: Path) -> None:
         for future in tqdm(as_completed(futures), total=len(futures)):
             if message := future.result():
                 print(message, file=sys.stderr)
+    del os.environ["NPROC"]
 
 
 def time(output: Path, flax: Path, repeats: int = 15, alone: int = 99) -> None:
