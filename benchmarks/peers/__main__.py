@@ -1,12 +1,16 @@
 """Side by side with other samplers; one command installs them, runs all and writes the report.
 
-    python benchmarks/peers            # about 20 minutes on two idle cores, and 3 to install
-    python benchmarks/peers --quick    # 3 minutes: to see that it runs
+    python benchmarks/peers --jobs 16      # hours; stop it, and the same command goes on
+    python benchmarks/peers --quick        # to see that it runs; its report is in runs/quick
+    python benchmarks/peers --problems clumps grid --parts ours formulas
+    python benchmarks/peers --parts time   # timings, on a machine that does nothing else
+    python benchmarks/peers --report       # from what was run so far
 
 Same noise, same grids, same denoiser, equal evaluations. Peers go into `.venv` beside this file,
 pinned by the requirements here; --here takes those of the Python that runs it. pip's own settings
-(PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) say where to find torch's wheels without CUDA. Writes
-report.md, its figures, its headline in README.md, and quality.csv and speed.json of every run.
+(PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) say where to find torch's wheels without CUDA. Each problem,
+guidance and part has a file of its own in runs/: what was run elsewhere is merged by copying its
+files there. Writes report.md, full.md and quality.png.
 """
 
 import argparse
@@ -42,26 +46,43 @@ def install() -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--here", action="store_true", help="without an environment of its own")
-    parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=2, help="problems at a time")
-    parser.add_argument("--output", type=Path, default=HERE)
-    parser.add_argument("--report", action="store_true", help="write it anew from what was run")
-    arguments = parser.parse_args()
-    if not arguments.here:
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # torch's wheels are of the processor too
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the peers' arrays are of the processor too
+    here = "--here" in sys.argv
+    if not here:
         command = [str(install()), str(HERE), "--here", *sys.argv[1:]]
         raise SystemExit(subprocess.run(command, check=False).returncode)
-    from peers import report, together
+    from peers import compare, libraries, together
 
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--here", action="store_true", help="without an environment of its own")
+    parser.add_argument("--quick", action="store_true")
+    several = {"nargs": "+", "metavar": "NAME"}
+    names, parts = compare.PROBLEMS, (*libraries.PARTS, "time")
+    parser.add_argument("--problems", choices=names, **several)
+    parser.add_argument("--parts", default=tuple(libraries.PARTS), choices=parts, **several)
+    parser.add_argument("--seeds", type=int, help="default: 5")
+    parser.add_argument("--evaluations", nargs="+", type=int, help="default: 3 to 16, networks 10")
+    parser.add_argument("--jobs", type=int, default=2, help="problems and parts at a time")
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--flax", type=Path, default=ENVIRONMENT / "flax", help="older diffusers")
+    parser.add_argument("--report", action="store_true", help="write it from what was run")
+    arguments = parser.parse_args()
+    sizes = together.QUICK if arguments.quick else compare.Sizes()
+    problems = arguments.problems or (together.QUICK_PROBLEMS if arguments.quick else names)
+    sizes = sizes._replace(seeds=arguments.seeds or sizes.seeds)
+    if chosen := arguments.evaluations:
+        sizes = sizes._replace(evaluations=tuple(chosen), network_evaluations=tuple(chosen))
+    output = arguments.output or (HERE / "runs" / "quick" if arguments.quick else HERE)
     if not arguments.report:
-        flax = ENVIRONMENT / "flax"
-        together.run(arguments.quick, arguments.seeds, arguments.jobs, arguments.output, flax)
-    print(report.write(arguments.output))
-    if arguments.output == HERE and not arguments.quick:
-        report.to_readme(HERE, ROOT / "README.md")
+        chosen = [part for part in arguments.parts if part != "time"]
+        where = output, arguments.flax
+        together.run(problems, chosen, sizes, arguments.jobs, *where)
+        if "time" in arguments.parts:
+            together.time(*where)
+    if arguments.report or arguments.quick:
+        from peers import report  # needs matplotlib, which those who only run may not have
+
+        print(report.write(output))
 
 
 if __name__ == "__main__":

@@ -1,71 +1,67 @@
-"""Every sampler on one noise, one set of grids and one denoiser, at equal evaluations.
+"""Every sampler on one noise, the same grids and one denoiser, at no more than so many evaluations.
 
-`run` compares on one problem; it is meant to have a process of its own, for the sake of compiled
-programs and of the two versions of diffusers.
+`run` runs one part on one problem, in a process of its own for the sake of compiled programs and of
+the two versions of diffusers. Each row is written when it is found, and not found again.
 """
 
-import csv
 import itertools
-from functools import cache
+import json
+from functools import cache, cached_property
 from pathlib import Path
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-import diversity
 import metrics
 import problems
 import steindiff_jax as sd
-from peers import libraries
+from peers import dpm_v3, grids, libraries
 
-EVALUATIONS = (3, 4, 5, 6, 8, 10, 12, 16, 20)
+NETWORKS = {"digits network": (1.0, 3.0, 5.0, 7.0), "images network": (1.0, 3.0)}
+# Mixtures of classes, each every other component; those of one component have none to ask for.
+GUIDED = ("clumps", "grid", "curve", "offset", "grey patches 8x8", "colour patches 6x6")
 GUIDANCE = (1.0, 3.0, 5.0, 7.0)
-NETWORK = "digits network"
-EXACT = (
-    "clumps",
-    "few clumps",
-    "grid",
-    "curve",
-    "smooth",
-    "gaussian",
-    "anisotropic",
-    "offset",
-    "grey patches 8x8",
-)
-GUIDED = ("clumps", "grid", "curve", "offset")  # as in diversity.py
-PLACES = (5, 10)  # evaluations at which coverage, precision and recall are measured
+PROBLEMS = (*NETWORKS, *problems.REPORT)
 TUNING_SEED = 1000
 
 
 class Row(NamedTuple):
     problem: str
     guidance: float
-    side: str  # "ours", "plain" (ours too, uncorrected), "peer", or "fine" for the fine solve
+    side: str  # "ours", "peer", or "fine" for the fine solve
     sampler: str
     grid: str
-    evaluations: int
+    evaluations: int  # at most
     seed: int
-    distance: float  # sliced-W2 to the law
-    rmse: float  # to the fine solve from the same noise, over the law's std
-    modes: float = np.nan
-    precision: float = np.nan
-    recall: float = np.nan
-    tuning: int = 0  # evaluations of one sample
+    taken: int  # evaluations
+    steps: int
+    pixels: float  # as in `metrics.Distance`
+    bands: float
+    rmse: float
+    tuning: int = 0  # evaluations of one sample, to choose a parameter or grid, or for statistics
+
+    @property
+    def run(self) -> tuple:
+        return self.sampler, self.grid, self.evaluations, self.seed
 
 
 class Sizes(NamedTuple):
     """How much is run."""
 
     samples: int = 400
-    network_samples: int = 80
-    evaluations: tuple[int, ...] = EVALUATIONS
-    network_evaluations: tuple[int, ...] = (3, 4, 5, 6, 8, 10, 16)
-    guidance: tuple[float, ...] = GUIDANCE
-    seeds: int = 1
-    draws: int = 2000  # of the fine solve
+    network_samples: dict[str, int] = {"digits network": 80, "images network": 64}  # noqa: RUF012
+    evaluations: tuple[int, ...] = (3, 4, 5, 6, 8, 10, 16)
+    network_evaluations: tuple[int, ...] = (3, 4, 5, 6, 8, 10)
+    seeds: int = 5
+    law: int = 50_000  # draws of an exact law
+    draws: int = 2000  # of the fine solve that stands for it under guidance
+    network_draws: int = 1000
     fine: int = 100  # steps
+    levels: int = 121  # of DPM-Solver-v3's statistics
+    points: int = 1024
+    gits: int = 61  # nodes, and draws, of the long solve that GITS chooses from
+    gits_draws: int = 128
 
 
 class Counted:
@@ -104,49 +100,27 @@ def half(mixture: problems.Mixture) -> problems.Mixture:
     )
 
 
-def setting(name: str, guidance: float, sizes: Sizes) -> problems.Problem:
-    """A problem whose law is that of the data, or where there is none of a fine solve."""
-    if name == NETWORK:
-        import digits
+def scales(name: str) -> tuple[float, ...]:
+    """Guidance that a problem is run with; 1 is none, of a network the unconditional one."""
+    return NETWORKS.get(name, GUIDANCE if name in GUIDED else GUIDANCE[:1])
 
-        n = sizes.network_samples
-        condition, event = digits.load(jnp.arange(n) % 10), (8, 8, 1)
-        free, mixture = digits.load(jnp.full(n, digits.NULL)), None
-    else:
-        whole, n = problems.REPORT[name](), sizes.samples
-        if guidance == 1:
-            return problems.exact(whole)._replace(fine=sizes.fine)
-        condition, free, event = half(whole), whole, whole.means.shape[1:]
-        mixture = condition
-    denoiser = sd.guided(condition, free, guidance)
-    problem = problems.Problem(denoiser, event, np.empty(0), mixture, fine=sizes.fine)
+
+def setting(name: str, guidance: float, sizes: Sizes) -> tuple[problems.Problem, int]:
+    """A problem whose law is that of the data, or else of a fine solve, and how many to sample."""
+    if name in NETWORKS:
+        n = sizes.network_samples[name]
+        make = problems.network if name == "digits network" else problems.images16
+        return make(guidance if guidance > 1 else 0.0, n, sizes.network_draws), n
+    whole, n = problems.REPORT[name](), sizes.samples
+    if guidance == 1:
+        return problems.exact(whole, sizes.law)._replace(fine=sizes.fine), n
+    condition = half(whole)
+    event = whole.event or whole.means.shape[1:]
+    denoiser = sd.guided(condition, whole, guidance)
+    problem = problems.Problem(denoiser, event, np.empty(0), condition, fine=sizes.fine)
     seeds = range(TUNING_SEED + 1, TUNING_SEED + 1 + -(-sizes.draws // n))
     law = [problems.fine_solve(problem, noise(seed, problem, n)) for seed in seeds]
-    return problem._replace(law=np.concatenate(law))
-
-
-@cache
-def common_grids(steps: int) -> dict[str, np.ndarray]:
-    """Name -> sigmas (steps + 1,), which end in 0."""
-    makers = {"Karras": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
-    return {name: np.asarray(make(steps), np.float64) for name, make in makers.items()}
-
-
-@cache
-def our_grids(steps: int) -> dict[str, np.ndarray]:
-    """Those, and DDPM's integer steps, which diffusers' schedulers take by default."""
-    ddpm = sd.ddpm_sigmas(steps, sd.Discrete.linear(), "linspace")
-    return common_grids(steps) | {"DDPM": np.asarray(ddpm, np.float64)}
-
-
-def grids(peer: libraries.Peer, steps: int) -> dict[str, np.ndarray]:
-    """Those that the peer can step through, its own among them."""
-    own = {} if peer.own_grid is None else {"own": peer.own_grid(steps)}
-    if peer.only_own:
-        return own
-    if peer.to_zero:
-        return common_grids(steps) | own
-    return {name: sigmas[:-1] for name, sigmas in common_grids(steps + 1).items()} | own
+    return problem._replace(law=np.concatenate(law)), n
 
 
 def noise(seed: int, problem: problems.Problem, n: int) -> np.ndarray:
@@ -155,9 +129,43 @@ def noise(seed: int, problem: problems.Problem, n: int) -> np.ndarray:
     return np.random.default_rng(seed).standard_normal((n, *problem.event)).astype(dtype)
 
 
+class Facts:
+    """What some samplers want to know of a problem, found when it is first asked for."""
+
+    def __init__(self, problem: problems.Problem, n: int, sizes: Sizes) -> None:
+        self.problem, self.sizes = problem, sizes
+        self.batch = min(n, sizes.gits_draws)  # all of a network's, which holds their labels
+        self.gits = cache(self._gits)
+
+    @cached_property
+    def limit(self) -> float:
+        return float(np.abs(self.problem.law).max())
+
+    @cached_property
+    def data_variance(self) -> float:
+        return float(self.problem.law.reshape(len(self.problem.law), -1).var(axis=1).mean())
+
+    @cached_property
+    def statistics(self) -> dpm_v3.Statistics:
+        law, sizes = self.problem.law, self.sizes
+        denoiser = self.problem.denoiser
+        return dpm_v3.statistics(denoiser, law, self.batch, sizes.levels, sizes.points)
+
+    def _gits(self, steps: int) -> np.ndarray:
+        teacher = sd.karras_sigmas(self.sizes.gits - 1)
+        shape = self.batch, *self.problem.event
+        key = jax.random.key(TUNING_SEED)
+        return np.asarray(sd.gits_sigmas(key, self.problem.denoiser, shape, steps, teacher))
+
+    def cost(self, peer: libraries.Peer, grid: str) -> int:
+        """Evaluations that a peer's statistics and a grid took."""
+        taken = self.statistics.evaluations if "statistics" in peer.needs else 0
+        return taken + (self.batch * (self.sizes.gits - 1) if grid == "GITS" else 0)
+
+
 def draw(peer: libraries.Peer, denoiser, start: np.ndarray, sigmas, options: dict):
     """Samples as NumPy, and the evaluations that they took."""
-    x = float(sigmas[0]) * start
+    x = (float(sigmas[0]) * start).astype(start.dtype)
     if peer.arrays == "torch":
         import torch
 
@@ -168,110 +176,85 @@ def draw(peer: libraries.Peer, denoiser, start: np.ndarray, sigmas, options: dic
     return x, denoise.calls
 
 
-def tuned(peer, problem, distance, n: int, sigmas, fixed: dict):
+def judged(distances: metrics.Distances, x: np.ndarray, seed: int) -> tuple[float, float, float]:
+    """Distances in pixels and bands and RMSE, infinite where a sample is not finite."""
+    if not np.isfinite(x).all():
+        return np.inf, np.inf, np.inf
+    found = distances(x, seed)
+    return found.pixels, found.bands, found.rmse
+
+
+def tuned(peer, distances: metrics.Distances, sigmas, fixed: dict):
     """The best of a peer's choices on noise of its own, and the evaluations that this took."""
-    start, spent, found = noise(TUNING_SEED, problem, n), 0, []
+    start, spent, found = distances.noise(TUNING_SEED), 0, []
     for choice in peer.choices:
-        x, calls = draw(peer, problem.denoiser, start, sigmas, choice | fixed)
-        spent += calls * n
-        found.append(distance(x) if np.isfinite(x).all() else np.inf)
+        x, calls = draw(peer, distances.problem.denoiser, start, sigmas, choice | fixed)
+        spent += calls * len(x)
+        pixels, bands, _ = judged(distances, x, TUNING_SEED)
+        found.append(pixels * bands)
     return peer.choices[int(np.argmin(found))], spent
 
 
-def run(name: str, sizes: Sizes, with_flax: bool = False) -> list[Row]:
-    """Everything on one problem; with_flax: the Flax schedulers alone, which fail in float64."""
-    on_network = name == NETWORK
-    jax.config.update("jax_enable_x64", not (on_network or with_flax))
-    # A problem of one component has no class to ask for.
-    scales = sizes.guidance if on_network or name in GUIDED else sizes.guidance[:1]
-    return [row for scale in scales for row in _run(name, scale, sizes, with_flax)]
+def run(name: str, guidance: float, part: str, sizes: Sizes, path: Path) -> None:
+    """Append what `path` does not have yet of a part's samplers on one problem."""
+    # The Flax schedulers fail in float64; a network is of float32.
+    jax.config.update("jax_enable_x64", not (name in NETWORKS or part == "flax"))
+    peers = [p for p in libraries.of(part) if p.network or name not in NETWORKS]
+    if not peers:
+        return
+    problem, n = setting(name, guidance, sizes)
+    problem = problem._replace(law=problem.law.astype(noise(0, problem, 1).dtype))
+    distances, facts = metrics.Distances(problem, n), Facts(problem, n, sizes)
+    done = {row.run for row in read(path)}
+    budgets = sizes.network_evaluations if name in NETWORKS else sizes.evaluations
+    with path.open("a") as file:
+        file.write("\n")  # the last line may be half of one
 
+        def add(side: str, run: tuple, x: np.ndarray, taken: int, steps: int, tuning: int = 0):
+            row = Row(
+                name, guidance, side, *run, taken, steps, *judged(distances, x, run[-1]), tuning
+            )
+            file.write(json.dumps(row) + "\n")
+            file.flush()
 
-def _run(name: str, guidance: float, sizes: Sizes, with_flax: bool) -> list[Row]:
-    on_network = name == NETWORK
-    n = sizes.network_samples if on_network else sizes.samples
-    budgets = sizes.network_evaluations if on_network else sizes.evaluations
-    problem = setting(name, guidance, sizes)
-    distance = metrics.SlicedWasserstein(problem.law, n)
-    flat = problem.law.reshape(len(problem.law), -1)
-    facts = {"limit": float(np.abs(flat).max()), "data_variance": float(flat.var(axis=1).mean())}
-    starts = [noise(seed, problem, n) for seed in range(sizes.seeds)]
-    fine = [problems.fine_solve(problem, start) for start in starts]
-    std = float(np.sqrt(flat.var(axis=0).mean()))
-    rows, kept = [], {}
-
-    def add(side, sampler, grid, budget, seed, x, tuning=0):
-        finite = np.isfinite(x).all()
-        w2, rmse = np.inf, np.inf
-        if finite:
-            w2, rmse = distance(x), float(np.sqrt(np.mean((x - fine[seed]) ** 2))) / std
-        at = (name, guidance, side, sampler, grid, budget, seed, w2, rmse)
-        if side == "fine" or (budget in PLACES and grid == "Karras"):
-            best = "ours" if side == "plain" else side, budget, seed
-            if finite and (best not in kept or w2 < rows[kept[best][0]].distance):
-                kept[best] = len(rows), x
-        rows.append(Row(*at, tuning=tuning))
-
-    for seed in () if with_flax else range(sizes.seeds):
-        add("fine", "fine solve", "log-SNR", sizes.fine, seed, fine[seed])
-
-    for peer in libraries.peers(with_flax):
-        if on_network and not peer.network:
-            continue
-        fixed = {name: facts[name] for name in peer.needs}
-        for budget in budgets:
+        for seed in range(sizes.seeds if part == "ours" else 0):
+            key = "fine solve", "log-SNR", problem.fine, seed
+            if key not in done:
+                x = problems.fine_solve(problem, distances.noise(seed))
+                add("fine", key, x, problem.fine, problem.fine)
+        for peer, budget in itertools.product(peers, budgets):
             steps = peer.steps(budget)
             if steps < 1:
                 continue
-            choice, tuning = {}, 0
+            on = grids.of(peer, steps, facts.gits)
+            wanted = [
+                (grid, seed)
+                for grid, seed in itertools.product(on, range(sizes.seeds))
+                if (peer.name, grid, budget, seed) not in done
+            ]
+            if not wanted:
+                continue
+            options, tuning = {need: getattr(facts, need) for need in peer.needs}, 0
             if peer.choices:  # on one grid, for all
-                sigmas = common_grids(steps)["Karras"]
-                choice, tuning = tuned(peer, problem, distance, n, sigmas, fixed)
-            for seed, (grid, sigmas) in itertools.product(
-                range(sizes.seeds), grids(peer, steps).items()
-            ):
-                start = noise(seed, problem, n)
-                x, calls = draw(peer, problem.denoiser, start, sigmas, choice | fixed)
-                if calls > budget:
-                    raise AssertionError(f"{peer.name} took {calls} of {budget} evaluations")
-                add("peer", peer.name, grid, budget, seed, x, tuning)
-    for (method, solver), budget, seed in itertools.product(
-        () if with_flax else (libraries.OURS | libraries.CLIPPED).items(),
-        budgets,
-        range(sizes.seeds),
-    ):
-        denoiser = problem.denoiser
-        if method in libraries.CLIPPED:
-            denoiser = sd.DynamicThreshold(denoiser, limit=facts["limit"])
-        corrected = solver is None or isinstance(solver, sd.Stein)
-        for grid, sigmas in our_grids(budget).items():
-            start = noise(seed, problem, n)
-            padded = np.pad(sigmas, (0, max(budgets) + 1 - budget))  # one program for all
-            solution = sd.sample(
-                jax.random.key(seed),
-                denoiser,
-                sigmas=padded.astype(start.dtype),
-                solver=solver,
-                x_init=start.dtype.type(sigmas[0]) * start,
-            )
-            side = "ours" if corrected else "plain"
-            add(side, method, grid, budget, seed, np.asarray(solution.x))
-    for i, x in kept.values():  # of the best of each side alone: it takes its time
-        modes, _, precision, recall = diversity.judge(problem, x)
-        rows[i] = rows[i]._replace(modes=modes, precision=precision, recall=recall)
-    return rows
+                choice, tuning = tuned(peer, distances, on["Karras"], options)
+                options |= choice
+            for grid, seed in wanted:
+                start = distances.noise(seed)
+                x, taken = draw(peer, problem.denoiser, start, on[grid], options)
+                if taken > budget:
+                    raise AssertionError(f"{peer.name} took {taken} of {budget} evaluations")
+                side = "ours" if part == "ours" else "peer"
+                cost = tuning + facts.cost(peer, grid)
+                add(side, (peer.name, grid, budget, seed), x, taken, len(on[grid]) - 1, cost)
 
 
-def write(rows: list[Row], path: Path) -> None:
-    with path.open("w") as file:
-        writer = csv.writer(file)
-        writer.writerow(Row._fields)
-        writer.writerows(rows)
-
-
-def read(path: Path) -> list[Row]:
-    """Rows as `write` wrote them."""
-    kinds = list(Row.__annotations__.values())
-    with path.open() as file:
-        lines = list(csv.reader(file))[1:]
-    return [Row(*(kind(cell) for kind, cell in zip(kinds, line, strict=True))) for line in lines]
+def read(*paths: Path) -> list[Row]:
+    """What `run` wrote; lines that were cut short are left out."""
+    found = []
+    for path in paths:
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                found.append(Row(*json.loads(line)))
+            except (json.JSONDecodeError, TypeError):
+                continue
+    return found

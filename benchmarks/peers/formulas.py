@@ -23,6 +23,20 @@ def euler(denoise, x, sigmas):
     return x
 
 
+def addim(denoise, x, sigmas):
+    """aDDIM, arXiv:2403.06807: noise made longer by what one estimate of x0 leaves out.
+
+    Its variance of x0, .1 / (2 + SNR), is the paper's, by hand.
+    """
+    for sigma, sigma_next in pairwise(sigmas):
+        x0 = denoise(x, sigma)
+        noise = (x - x0) / sigma
+        square = (noise**2).reshape(len(x), -1).mean(1).reshape(-1, *[1] * (x.ndim - 1))
+        variance = (1 - sigma_next / sigma) ** 2 * 0.1 / (2 + sigma**-2)
+        x = x0 + (sigma_next**2 + variance / square) ** 0.5 * noise
+    return x
+
+
 def heun(denoise, x, sigmas):
     """Karras et al. 2022, arXiv:2206.00364, algorithm 1."""
     for sigma, sigma_next in pairwise(sigmas):

@@ -14,7 +14,7 @@ from functools import cache, partial
 import numpy as np
 
 import steindiff_jax as sd
-from peers import formulas, stabilisers
+from peers import dpm_v3, formulas, stabilisers
 
 
 @dataclass(frozen=True)
@@ -24,9 +24,10 @@ class Peer:
     run: (denoise, x, sigmas) -> x; stages: evaluations a step, of which the last step to 0 takes
     one; arrays: "numpy", "torch" or "jax"; to_zero: whether its last step goes to 0 or to the
     smallest level; own_grid: steps -> the library's own default sigmas, where it has any; only_own:
-    it takes no other; choices: parameters to tune; needs: what it wants to know of the data;
-    extra: steps that cost nothing; network: whether run on the network too, where of several
-    libraries' versions of one method one is enough.
+    it takes no other; every_grid: it is also run on the published and the fitted grids; choices:
+    parameters to tune; needs: what it wants to know of the problem, see `compare.Facts`; extra:
+    steps that cost nothing; network: whether run on the networks too, where of several libraries'
+    versions of one method one is enough.
     """
 
     library: str
@@ -41,6 +42,7 @@ class Peer:
     extra: int = 0
     network: bool = True
     only_own: bool = False
+    every_grid: bool = False
 
     @property
     def name(self) -> str:
@@ -68,20 +70,33 @@ def without_zero(steps: int) -> np.ndarray:
 def of_formulas() -> list[Peer]:
     k = partial(Peer, "k-diffusion's formulas")  # whose own grid is Karras's
     d = partial(Peer, "diff-sampler's formulas", own_grid=without_zero)
-    peers = [
+    return [
         k("Euler", formulas.euler),
         k("Heun", formulas.heun, stages=2),
         k("DPM-2", formulas.dpm2, stages=2, network=False),
         k("DPM++ 2S", formulas.dpmpp_2s, stages=2),
-        k("DPM++ 2M", formulas.dpmpp_2m),
-        k("DPM++ 3M", formulas.dpmpp_3m),
+        k("DPM++ 2M", formulas.dpmpp_2m, every_grid=True),
+        k("DPM++ 3M", formulas.dpmpp_3m, every_grid=True),
         k("LMS-4", formulas.lms),
         d("iPNDM-2", partial(formulas.ipndm, order=2)),
-        d("iPNDM-3", partial(formulas.ipndm, order=3)),
-        d("iPNDM-4", partial(formulas.ipndm, order=4)),
+        d("iPNDM-3", partial(formulas.ipndm, order=3), every_grid=True),
+        d("iPNDM-4", partial(formulas.ipndm, order=4), every_grid=True),
+        Peer("paper's formulas", "aDDIM", formulas.addim),
+        Peer(
+            "authors' formulas",
+            "DPM-Solver-v3",
+            dpm_v3.sample,
+            to_zero=False,
+            needs=("statistics",),
+            network=False,
+        ),
     ]
+
+
+def of_stabilisers() -> list[Peer]:
+    peers = []
     for base, sampler in stabilisers.BASES.items():
-        made = partial(Peer, "stabiliser", network=base == "iPNDM-3")
+        made = partial(Peer, "stabiliser", network=base != "DPM++ 2M")
         scaled, clipped, first = (
             partial(f, sampler)
             for f in (stabilisers.scaled, stabilisers.thresholded, stabilisers.with_first)
@@ -96,6 +111,8 @@ def of_formulas() -> list[Peer]:
             ),
             made(f"analytical first step, {base}", first, extra=1),
         ]
+    first = partial(stabilisers.with_first, partial(formulas.ipndm, order=4))
+    peers.append(Peer("stabiliser", "analytical first step, iPNDM-4", first, extra=1))
     for order in (1, 2):
         run = partial(stabilisers.time_shift, order=order)
         base = "DDIM" if order == 1 else "iPNDM-2"
@@ -394,22 +411,10 @@ def of_flax() -> list[Peer]:
     ]
 
 
-def peers(with_flax: bool = False) -> list[Peer]:
-    """Those that can run here; or the Flax schedulers, which need a diffusers of their own."""
-    if with_flax:
-        return of_flax()
-    found = of_formulas()
-    if installed("diffusers") and installed("torch"):
-        found += of_diffusers()
-    if installed("azula") and installed("torch"):
-        found += of_azula()
-    if installed("diffrax"):
-        found += of_diffrax()
-    return found
-
-
 # This library
 
+
+LONGEST = 20  # steps
 SOLVERS = {
     "DPM++ 2M": sd.DPMpp2M(),
     "DPM++ 3M": sd.DPMpp3M(),
@@ -420,10 +425,46 @@ SOLVERS = {
     "iPNDM-3": sd.IPNDM(3),
     "iPNDM-4": sd.IPNDM(4),
 }
-OURS = {
-    "default": None,
-    **SOLVERS,
-    **{f"Stein {name}": sd.Stein(solver) for name, solver in SOLVERS.items()},
+
+
+def ours(solver: sd.Solver | None, denoise, x, sigmas, limit: float | None = None):
+    """limit: inside `sd.DynamicThreshold`, told the extent of the data as the stabilisers are."""
+    import jax
+
+    denoiser = denoise.denoiser
+    if limit is not None:
+        denoiser = sd.DynamicThreshold(denoiser, limit=limit)
+    padded = np.pad(sigmas, (0, LONGEST + 1 - len(sigmas))).astype(x.dtype)  # one program for all
+    key = jax.random.key(0)  # of probes, which none of these has
+    solution = sd.sample(key, denoiser, sigmas=padded, solver=solver, x_init=x)
+    denoise.calls += int(solution.info.nfe)
+    return solution.x
+
+
+def of_ours() -> list[Peer]:
+    def made(method, solver, **rest):
+        return Peer("ours", method, partial(ours, solver), arrays="jax", every_grid=True, **rest)
+
+    return [
+        made("default", None),
+        made("default, dynamic threshold", None, needs=("limit",)),
+        *(made(f"Stein {name}", sd.Stein(solver)) for name, solver in SOLVERS.items()),
+    ]
+
+
+# Name -> what must be installed, and its samplers. The Flax ones need a diffusers of their own.
+PARTS = {
+    "ours": ((), of_ours),
+    "formulas": ((), of_formulas),
+    "stabilisers": ((), of_stabilisers),
+    "diffusers": (("diffusers", "torch"), of_diffusers),
+    "azula": (("azula", "torch"), of_azula),
+    "diffrax": (("diffrax",), of_diffrax),
+    "flax": (("diffusers",), of_flax),
 }
-# Inside `sd.DynamicThreshold`, told the extent of the data as the stabilisers are, quantile .995.
-CLIPPED = {f"{name}, dynamic threshold": OURS[name] for name in ("default", "Stein DPM++ 2M")}
+
+
+def of(part: str) -> list[Peer]:
+    """The samplers of a part; none where a library is not installed."""
+    needed, made = PARTS[part]
+    return made() if all(map(installed, needed)) else []

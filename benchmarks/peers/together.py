@@ -1,7 +1,11 @@
-"""All problems and all timings, each in a process of its own."""
+"""Parts of the comparison, each problem and part in a process of its own, and the timings."""
 
+import datetime
+import importlib.metadata
 import itertools
 import json
+import os
+import platform
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -10,22 +14,36 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from peers import compare, libraries, report, speed
+from peers import compare, libraries, speed
 
 QUICK = compare.Sizes(
     samples=60,
-    network_samples=20,
-    evaluations=(3, 5, 8),
-    network_evaluations=(3, 5),
-    guidance=(1.0, 3.0),
-    draws=200,
-    fine=30,
+    network_samples={"digits network": 20, "images network": 8},
+    evaluations=(3, 8),
+    network_evaluations=(3,),
+    seeds=1,
+    law=2000,
+    draws=120,
+    network_draws=40,
+    fine=20,
+    levels=61,
+    points=120,
+    gits=13,
+    gits_draws=60,
 )
-QUICK_PROBLEMS = ("few clumps", compare.NETWORK)
+QUICK_PROBLEMS = ("few clumps", "grey patches 8x8", "digits network")
+LONGEST = ("images network", "spectrum k^-2, 32x32x3")  # are begun first
+NAMES = ("torch", "diffusers", "azula", "diffrax", "jax", "jaxlib", "numpy", "steindiff_jax")
 
 
-def prepare(flax: Path | None) -> None:
-    """Of a new process: the older diffusers first where it is asked for; few threads."""
+def file(output: Path, name: str, guidance: float, part: str) -> Path:
+    """Where the rows of a part are kept."""
+    words = name.replace("^", "").replace(",", "").replace(" ", "-")
+    return output / "runs" / f"{words}_{guidance:g}_{part}.jsonl"
+
+
+def prepare(flax: Path | None = None) -> None:
+    """Of a new process: the older diffusers first where it is asked for; one thread."""
     if flax is not None:
         sys.path.insert(0, str(flax))
     elif libraries.installed("torch"):
@@ -34,37 +52,74 @@ def prepare(flax: Path | None) -> None:
         torch.set_num_threads(1)
 
 
-def run(quick: bool, seeds: int, jobs: int, output: Path, flax: Path) -> None:
-    """Write quality.csv, speed.json and facts.json into `output`."""
-    sizes = QUICK if quick else compare.Sizes(seeds=seeds)
-    names = QUICK_PROBLEMS if quick else (compare.NETWORK, *compare.EXACT)
-    spawn = get_context("spawn")
+def one(name: str, guidance: float, part: str, sizes, output: Path, flax: Path) -> str:
+    """What went wrong, or nothing."""
+    prepare(flax if part == "flax" else None)
+    try:
+        compare.run(name, guidance, part, sizes, file(output, name, guidance, part))
+    except FileNotFoundError as error:
+        return f"{name} is left out: {error}"
+    except Exception as error:  # the others go on
+        return f"{name}, guidance {guidance:g}, {part}: {type(error).__name__}: {error}"
+    return ""
+
+
+def run(problems, parts, sizes, jobs: int, output: Path, flax: Path) -> None:
+    """Write rows into `output`/runs, and facts.json; what is there already is not run again."""
+    (output / "runs").mkdir(parents=True, exist_ok=True)
+    (output / "facts.json").write_text(json.dumps(facts(sizes, flax), indent=1))
+    parts = [part for part in parts if part != "flax" or flax.exists()]
+    tasks = [
+        (name, w, part)
+        for part, name in itertools.product(parts, problems)
+        for w in compare.scales(name)
+    ]
+    tasks.sort(key=lambda task: task[0] not in LONGEST)
+    os.environ["NPROC"] = "1"  # XLA's threads, of the new processes
     # Hundreds of compiled programs in one process exhaust its memory maps.
-    options = {"mp_context": spawn, "max_tasks_per_child": 1}
-    rows = []
-    with ProcessPoolExecutor(jobs, **options, initializer=partial(prepare, None)) as pool:
-        tasks = [pool.submit(compare.run, name, sizes) for name in names]
-        for task in tqdm(as_completed(tasks), total=len(tasks), desc="problems"):
-            rows += task.result()
-    compare.write(rows, output / "quality.csv")
-    if flax.exists():
-        with ProcessPoolExecutor(jobs, **options, initializer=partial(prepare, flax)) as pool:
-            tasks = [pool.submit(compare.run, name, sizes, True) for name in names]
-            for task in tqdm(as_completed(tasks), total=len(tasks), desc="Flax schedulers"):
-                rows += task.result()
-        compare.write(rows, output / "quality.csv")
+    spawn = {"mp_context": get_context("spawn"), "max_tasks_per_child": 1}
+    with ProcessPoolExecutor(jobs, **spawn) as pool:
+        futures = [pool.submit(one, *task, sizes, output, flax) for task in tasks]
+        for future in tqdm(as_completed(futures), total=len(futures)):
+            if message := future.result():
+                print(message, file=sys.stderr)
+    del os.environ["NPROC"]
+
+
+def time(output: Path, flax: Path, repeats: int = 15, alone: int = 99) -> None:
+    """Write speed.json, on a machine that does nothing else."""
     kinds = [("jax", "torch") if libraries.installed("azula") else ("jax",)]
     kinds += [("flax",)] if flax.exists() else []
     records = []
     for case, together in itertools.product(speed.SHAPES, kinds):
         path = flax if together == ("flax",) else None
-        repeats, alone = (2, 2) if quick else (15, 99)
         records += speed.run(together, case, repeats, alone, partial(_path, path))
     (output / "speed.json").write_text(json.dumps(records, indent=1))
-    facts = report.facts(sizes, quick, flax)
-    (output / "facts.json").write_text(json.dumps(facts, indent=1))
 
 
 def _path(flax: Path | None) -> None:
     if flax is not None:
         sys.path.insert(0, str(flax))
+
+
+def facts(sizes: compare.Sizes, flax: Path) -> dict:
+    """Of this run: date, machine, versions, sizes."""
+    versions = {}
+    for name in NAMES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = None
+    found = importlib.metadata.distributions(name="diffusers", path=[str(flax)])
+    versions["diffusers (Flax)"] = next((d.version for d in found), None)
+    processor, information = platform.processor(), Path("/proc/cpuinfo")
+    if information.exists():
+        models = [x for x in information.read_text().splitlines() if x.startswith("model name")]
+        processor = models[0].split(":")[1].strip() if models else processor
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{processor}, {os.cpu_count()} cores, {platform.system()}",
+        "python": platform.python_version(),
+        "versions": versions,
+        "sizes": sizes._asdict(),
+    }

@@ -12,7 +12,7 @@ from numpy.testing import assert_allclose
 
 import problems
 import steindiff_jax as sd
-from peers import compare, formulas, libraries, report, speed, stabilisers
+from peers import compare, dpm_v3, formulas, grids, libraries, report, speed, stabilisers, together
 from peers.compare import Row
 
 # Of the libraries, about each other's versions.
@@ -62,15 +62,19 @@ def test_formulas_are_those_of_the_libraries(denoise, key):
         assert_allclose(x, arrays[key], rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("peer", libraries.of_formulas(), ids=lambda peer: peer.name)
+@pytest.mark.parametrize(
+    "peer",
+    [*libraries.of_formulas(), *libraries.of_stabilisers()],
+    ids=lambda peer: peer.name,
+)
 @pytest.mark.parametrize("budget", [3, 4, 8])
 def test_no_sampler_takes_more_than_its_evaluations(denoise, peer, budget):
     """As many as fit: another step would be one too many."""
     taken = []
-    fixed = {"limit": 1.0, "data_variance": 0.25}
+    fixed = {"limit": 1.0, "data_variance": 0.25, "statistics": known(2, 1.0)}
     needed = {name: fixed[name] for name in peer.needs}
     for steps in (peer.steps(budget), peer.steps(budget) + 1):
-        sigmas = [float(s) for s in compare.grids(peer, steps)["Karras"]]
+        sigmas = [float(s) for s in grids.of(peer, steps)["Karras"]]
         calls = []
 
         def counted(x, sigma, calls=calls):
@@ -83,6 +87,109 @@ def test_no_sampler_takes_more_than_its_evaluations(denoise, peer, budget):
         assert np.isfinite(x).all()
         taken.append(len(calls))
     assert taken[0] <= budget < taken[1]
+
+
+def known(d: int, slope, levels: int = 4001) -> dpm_v3.Statistics:
+    """Nothing but l, the same at all levels or a function of lambda."""
+    lambdas = np.linspace(-np.log(80.0), -np.log(0.002), levels)
+    values = slope(lambdas) if callable(slope) else slope
+    l = np.broadcast_to(values, (d, levels)).T  # noqa: E741
+    return dpm_v3.Statistics(lambdas, l, np.zeros_like(l), np.zeros_like(l))
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_dpm_solver_v3_without_statistics_is_dpm_solver_pp(denoise, order):
+    """With l = 1 alone; order 1: DDIM; else the first full step of the exponential integrator.
+
+    That is of Lagrange polynomials of x0 in lambda, integrated by quadrature. On levels of the
+    table, so that nothing is rounded; it has 4,001 levels, whose trapezoids err by 1e-6.
+    """
+    table = known(2, 1.0)
+    x = 80.0 * np.random.default_rng(0).standard_normal((5, 2))
+    nodes = table.lambdas[[0, 900, 1700, 2600, 3100, 3300, 3500, 4000]]
+    sigmas = [float(s) for s in np.exp(-nodes)]
+    calls = []
+
+    def recorded(x, sigma):
+        calls.append((x, denoise(x, sigma)))
+        return calls[-1][1]
+
+    found = dpm_v3.sample(recorded, x, sigmas, table, order=order)
+    if order == 1:
+        assert_allclose(found, formulas.euler(denoise, x, sigmas), atol=1e-5)
+    k = order - 1
+    here = np.linspace(nodes[k], nodes[k + 1], 20_001)
+    weight = np.exp(here - nodes[k + 1])
+    expected = np.exp(nodes[k] - nodes[k + 1]) * calls[k][0]
+    for i in range(order):
+        others = [j for j in range(order) if j != i]
+        lagrange = np.prod([(here - nodes[j]) / (nodes[i] - nodes[j]) for j in others], axis=0)
+        expected = expected + np.trapezoid(weight * lagrange, here) * calls[i][1]
+    assert_allclose(calls[k + 1][0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("steps", [3, 5, 6, 8])
+def test_dpm_solver_v3_is_exact_where_its_statistics_are(steps):
+    """On Gaussian data with independent pixels and its l, whatever the steps."""
+    variance = 0.3
+
+    def gaussian(x, sigma):
+        return x * variance / (variance + sigma**2)
+
+    table = known(2, lambda lam: np.exp(-2 * lam) / (variance + np.exp(-2 * lam)))
+    x = 80.0 * np.random.default_rng(0).standard_normal((5, 2))
+    sigmas = [float(s) for s in np.geomspace(80.0, 0.002, steps + 1)]
+    expected = x * np.sqrt((variance + 0.002**2) / (variance + 80.0**2))
+    assert_allclose(dpm_v3.sample(gaussian, x, sigmas, table), expected, rtol=1e-4)
+
+
+def test_statistics_of_dpm_solver_v3():
+    """Of Gaussian data, where l is sigma^2 / (v + sigma^2) and f is minus l times the mean.
+
+    Probes are exact here, for the Jacobian is diagonal, and so are s and b: f does not vary, s is 0
+    and b is f'.
+    """
+    variance, mean = np.array([0.3, 2.0]), np.array([1.0, -0.5])
+    law = mean + np.sqrt(variance) * np.random.default_rng(0).standard_normal((64, 2))
+    mixture = problems.mixture(mean[None], 0.1, np.eye(2)[None], variance[None] - 0.01)
+    found = dpm_v3.statistics(mixture, law, 32, levels=401, points=64)
+    square = np.exp(-2 * found.lambdas)[:, None]
+    assert_allclose(found.l, square / (variance + square), rtol=1e-8)
+    assert found.evaluations == 5 * 401 * 64
+    inside = slice(2, -2)  # where the slope of l is a central difference
+    slope = -2 * square * variance / (variance + square) ** 2
+    assert_allclose(found.s, 0.0)
+    assert_allclose(found.b[inside], -(mean * slope)[inside], atol=2e-3)
+
+
+def test_addim_has_the_length_of_its_name(denoise):
+    """The squared distance from x0 grows by the variance, the direction stays."""
+    x = np.random.default_rng(0).standard_normal((5, 2))
+    x0, snr = denoise(x, 2.0), 0.25
+    moved = formulas.addim(denoise, x, [2.0, 0.5]) - x0
+    ddim = formulas.euler(denoise, x, [2.0, 0.5]) - x0
+    variance = 0.1 / (2 + snr) * (1 - 0.5 / 2.0) ** 2
+    noise = (x - x0) / 2.0
+    scale = np.sqrt(0.5**2 + variance / (noise**2).mean(1, keepdims=True)) / 0.5
+    assert_allclose(moved, scale * ddim, rtol=1e-12)
+
+
+def test_published_grids():
+    """Align Your Steps as sigmas, which its authors and others list, before they are rescaled."""
+    listed = {
+        "AYS SD1.5": [14.615, 6.475, 3.864, 2.695, 1.884, 1.394, 0.964, 0.652, 0.398, 0.152],
+        "AYS SDXL": [14.615, 6.318, 3.768, 2.181, 1.341, 0.862, 0.555, 0.380, 0.233, 0.111],
+    }
+    for name, sigmas in listed.items():
+        share = np.log(np.array(sigmas) / 0.0291672) / np.log(14.6146 / 0.0291672)
+        found = grids.published(10)[name]
+        assert found[-1] == 0
+        assert_allclose(found[:-1], 0.002 * 40_000**share, rtol=1e-2)
+        for steps in (3, 7, 16):
+            grid = grids.published(steps)[name]
+            assert len(grid) == steps + 1
+            assert (np.diff(grid) < 0).all()
+            assert grid[0] == pytest.approx(80.0)
 
 
 def test_epsilon_scaling_scales_the_noise(denoise):
@@ -144,29 +251,31 @@ def test_half_of_a_mixture():
 
 
 def row(side, sampler, distance, **rest):
-    at = {"problem": "p", "guidance": 3.0, "grid": "Karras", "evaluations": 5, "seed": 0} | rest
-    return Row(side=side, sampler=sampler, distance=distance, rmse=distance**2, **at)
+    at = {"problem": "clumps", "guidance": 3.0, "grid": "Karras", "evaluations": 5, "seed": 0}
+    at |= {"taken": 5, "steps": 5} | rest
+    return Row(side=side, sampler=sampler, pixels=distance, bands=distance, rmse=0.5, **at)
 
 
 def test_best_of_each_side():
-    """By hand: two problems, the best of two samplers, one of them not finite."""
+    """By hand: two problems, the best of two samplers, one of them not finite, and no peer."""
     rows = [
         row("peer", "a", 0.4),
         row("peer", "b", np.inf),
         row("ours", "c", 0.2),
-        row("plain", "d", 0.1),
-        row("peer", "a", 0.2, problem="q"),
-        row("ours", "c", 0.8, problem="q"),
-        row("ours", "c", 0.4, problem="r"),  # no peer was run on it
+        row("ours", "d", 0.1),
+        row("peer", "a", 0.2, problem="grid"),
+        row("peer", "b", 0.1, problem="grid"),
+        row("ours", "c", 0.8, problem="grid"),
+        row("ours", "c", 0.4, problem="curve"),
+        row("fine", "fine solve", 0.0),
     ]
     comparison = report.Comparison(rows)
-    cases = comparison.cases()
-    assert sorted(case[0] for case in cases) == ["p", "q"]
-    assert comparison.ratio("ours", cases) == pytest.approx(np.sqrt(0.5 * 4.0))
-    assert comparison.ratio("any of ours", cases) == pytest.approx(np.sqrt(0.25 * 4.0))
-    first = comparison.one(lambda problem: problem in "pq", 3.0, 5)[0]
-    assert first[1:] == ("peer", "a", "Karras")
-    assert first[0] == pytest.approx(np.sqrt(0.4 * 0.2))
+    cases = comparison.cases("vectors, guided", 5)
+    assert sorted(case[0] for case in cases) == ["clumps", "grid"]
+    assert comparison.best("peer", cases) == ("a", "Karras")
+    assert comparison.best("ours", cases) == ("c", "Karras")
+    assert comparison.against("one", cases)[0] == pytest.approx(np.sqrt(0.5 * 4.0))
+    assert comparison.against("case by case", cases)[0] == pytest.approx(np.sqrt(0.25 * 8.0))
 
 
 def records():
@@ -179,48 +288,42 @@ def records():
     return made
 
 
+def put(rows, path):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows) + '["cut sh')
+
+
 def test_report_says_first_where_a_peer_wins(tmp_path):
     rows = [
-        row(side, sampler, distance, problem=problem, evaluations=n, guidance=w)
-        for problem in ("clumps", compare.NETWORK)
+        row(side, sampler, distance, problem=problem, evaluations=n, guidance=w, seed=seed)
+        for problem in (*compare.PROBLEMS,)
         for w in (1.0, 7.0)
-        for n in (5, 10)
+        for n in (3, 4, 5, 6, 8, 10, 16)
+        for seed in range(5)
         for side, sampler, distance in (
-            ("peer", "DPM++ 2M (diffusers)", 0.2 if n == 5 else 0.02),
-            ("ours", "default", 0.1),
-            ("plain", "DPM++ 2M", 0.3),
+            ("peer", "DPM++ 2M (k-diffusion's formulas)", 0.2 if n == 5 else 0.02 + 0.001 * seed),
+            ("ours", "default (ours)", 0.1),
+            ("fine", "fine solve", 0.01),
         )
     ]
-    rows.append(row("peer", "broken", np.inf, problem="clumps", guidance=7.0))
-    compare.write(rows, tmp_path / "quality.csv")
-    assert compare.read(tmp_path / "quality.csv")[0]._replace(
-        modes=0, precision=0, recall=0
-    ) == rows[0]._replace(modes=0, precision=0, recall=0)
+    rows.append(row("peer", "broken", np.inf, guidance=7.0))
+    put(rows, tmp_path / "runs" / "all.jsonl")
+    assert compare.read(tmp_path / "runs" / "all.jsonl") == rows
     (tmp_path / "speed.json").write_text(json.dumps(records()))
-    known = report.facts(compare.Sizes(), False, tmp_path / "none")
+    known = together.facts(compare.Sizes(), tmp_path / "none")
     (tmp_path / "facts.json").write_text(json.dumps(known))
     text = report.write(tmp_path)
     assert (tmp_path / "report.md").read_text() == text
+    assert len(text.splitlines()) <= 80
     assert (tmp_path / "quality.png").stat().st_size > 1000
-    assert (tmp_path / "speed.png").stat().st_size > 1000
-    wins, *_, best = text.split("## Where a peer wins")[1].partition("## Best against best")
-    assert "above 1 in 4 of 8 cases" in wins
-    assert "| clumps | 7 | 10 | 5.00 | DPM++ 2M (diffusers), Karras |" in wins
-    assert "default, network: 2.00 times" in wins
-    assert "overhead" not in wins
-    assert "| exact mixtures | 7 | 0.50 (0.50) | 5.00 (5.00)* |" in best
-    assert "broken, Karras: not finite in 1 of 1 runs" in text
-    assert f"jax {jax.__version__}" in text
-    readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{report.MARKS[0]}\nof old\n{report.MARKS[1]}\nafter\n")
-    for _ in range(2):
-        report.to_readme(tmp_path, readme)
-        lines = readme.read_text().splitlines()
-        assert (lines[0], lines[-1]) == ("before", "after")
-        assert "of old" not in lines
-        assert (
-            "| best peer | 0.200 | 0.020 | 0.200 | 0.020 | 0.200 | 0.020 | 0.200 | 0.020 |" in lines
-        )
+    ratio = report.cell(report.Comparison(rows).against("default", [("clumps", 7.0, 4)]))
+    assert ratio.startswith("**4.5")
+    assert f"default / best of their defaults | {ratio}" in text
+    assert "ahead of the best of ours in 192 of 224 cases" in text
+    assert "network, our default 2.00 and default 2.00 times x (peer); overhead" in text
+    full = (tmp_path / "full.md").read_text()
+    assert "broken, Karras: in 1 of 1 runs" in full
+    assert "The fine solve itself: 0.010." in full
 
 
 @pytest.mark.slow
@@ -258,8 +361,9 @@ def test_libraries_take_the_steps_that_their_names_say():
         "AB-3 (azula)": sd.LMS(3, denoise_last=False),
         "v-AB-3 (azula)": sd.LMS(3, denoise_last=False, prediction="flow"),
     }
-    peers = {peer.name: peer for peer in libraries.peers()}
-    sigmas = compare.common_grids(6)["Karras"]
+    parts = ("diffusers", "azula", "diffrax")
+    peers = {peer.name: peer for part in parts for peer in libraries.of(part)}
+    sigmas = grids.common(6)["Karras"]
     for name, solver in same.items():
         x, _ = compare.draw(peers[name], problem.denoiser, start, sigmas, {})
         x_init = sigmas[0] * start
@@ -271,36 +375,31 @@ def test_libraries_take_the_steps_that_their_names_say():
 
 @pytest.mark.slow
 @THEIR_WARNINGS
-def test_all_of_it(tmp_path, monkeypatch):
-    """On the smallest configuration, with whatever peers there are."""
-    sizes = compare.Sizes(
-        samples=20,
-        network_samples=10,
-        evaluations=(3, 5),
-        network_evaluations=(3,),
-        guidance=(1.0, 7.0),
-        draws=20,
-        fine=10,
-    )
-    few = ("default", "DPM++ 2M", "Stein DPM++ 2M")
-    monkeypatch.setattr(libraries, "OURS", {name: libraries.OURS[name] for name in few})
+def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
+    """On the smallest configuration, with whatever peers there are; the second run adds a seed."""
+    sizes = together.QUICK._replace(samples=20, evaluations=(4,))
+    monkeypatch.setattr(libraries, "SOLVERS", {"DPM++ 2M": sd.DPMpp2M()})
+    where = "grey patches 8x8", 3.0
+    path = tmp_path / "runs" / "a.jsonl"
+    path.parent.mkdir()
     try:
         with jax.numpy_rank_promotion("allow"):
-            rows = compare.run("grid", sizes) + compare.run(compare.NETWORK, sizes)
+            compare.run(*where, "ours", sizes, path)
+            text = path.read_text()
+            path.write_text(text[: len(text) * 2 // 3])
+            compare.run(*where, "ours", sizes._replace(seeds=2), path)
+            for part in libraries.PARTS:
+                compare.run(*where, part, sizes, path.with_name(f"{part}.jsonl"))
     finally:  # each run sets the precision of its process
         jax.config.update("jax_enable_x64", True)
-    compare.write(rows, tmp_path / "quality.csv")
-    (tmp_path / "speed.json").write_text(json.dumps(records()))
-    (tmp_path / "facts.json").write_text(json.dumps(report.facts(sizes, True, tmp_path / "none")))
-    text = report.write(tmp_path)
-    assert "| exact mixtures | 7 |" in text
-    assert "| digits network | 7 |" in text
-    plain = [r for r in rows if r.sampler == "DPM++ 2M" and r.grid == "Karras"]
-    theirs = [r for r in rows if r.sampler == "DPM++ 2M (k-diffusion's formulas)"]
-    by_case = {(r.problem, r.guidance, r.evaluations): r for r in theirs if r.grid == "Karras"}
-    for r in plain:  # the two sides share noise, grid and denoiser
-        other = by_case[r.problem, r.guidance, r.evaluations]
-        assert r.distance == pytest.approx(other.distance, rel=1e-6)
+    rows = compare.read(path)
+    assert len({r.run for r in rows}) == len(rows) == 2 * (1 + 3 * 6)
+    first = compare.read(path.with_name("ours.jsonl"))
+    assert sorted(r for r in rows if r.seed == 0) == sorted(first)
+    everything = compare.read(*path.parent.glob("*.jsonl"))
+    assert all(r.taken <= r.evaluations for r in everything if r.side != "fine")
+    (tmp_path / "facts.json").write_text(json.dumps(together.facts(sizes, tmp_path / "none")))
+    assert "| images, guided |" in report.write(tmp_path)
 
 
 @pytest.mark.slow
