@@ -27,6 +27,7 @@ from jax.experimental.pallas import pallas_call
 from numpy.testing import assert_allclose, assert_array_equal
 
 import steindiff_jax as sd
+from steindiff_jax.stein import rules
 
 WIDE = {"gamma_min": -1e9, "gamma_max": 1e9}
 SCHEDULES = {  # alpha as a function of the noise-to-signal ratio
@@ -148,13 +149,23 @@ def test_gradients_are_finite(data):
 # --- PosteriorLength on any data -----------------------------------------------------------------
 
 
+@sd.pytree
+class Anchored(sd.PosteriorLength):
+    """delta = eta(tr J / d) (D - x), with the trace as `drift`."""
+
+    def coefficients(self, moments, sizes, sigma, sigma_next):
+        mean = rules.jacobian(moments, sizes, sigma).mean
+        return rules.Lengths(rules.gaussian(mean, sigma_next / sigma), mean)
+
+    def delta(self, local, coefficients):
+        return coefficients.gamma * (local.x0 - local.x)
+
+
 def eigenvalue(denoiser, x, s, q, estimator):
-    """What the rule found tr J / d to be, read off the step that it makes of DDIM's; that step."""
-    stein = sd.Stein(sd.DDIM(), estimator=estimator)
-    grid = [s, q * s]
-    solution = run(denoiser, grid, stein, x, record=lambda _, step: step.coefficients.drift[0])
-    r = (q - solution.record[0]) / (1 + solution.record[0])
-    return (r**2 - q**2) / (1 - q**2), solution.x
+    """What the rule finds tr J / d to be; the step that is made with it alone."""
+    stein = sd.Stein(sd.DDIM(), Anchored(), estimator)
+    solution = run(denoiser, [s, q * s], stein, x, record=lambda _, step: step.coefficients.drift)
+    return solution.record[0, 0], solution.x
 
 
 @pytest.mark.parametrize(("s", "q"), [(0.3, 0.5), (1.0, 0.1), (1.0, 0.9), (5.0, 0.2)])
@@ -173,6 +184,23 @@ def test_energy_of_a_corrected_step(s, q):
     energy, less = (np.sum((np.asarray(x) - mean) ** 2, axis=1) for x in (after, first_order))
     assert deviations(energy - law) < 4
     assert deviations(energy - less) > 8
+
+
+@pytest.mark.parametrize("q", [0.9, 0.1])
+@pytest.mark.parametrize("variances", [(0.7, 0, 0), (0.7, 0.7, 0), (0.7, 0.7, 0.7)])
+def test_length_where_some_directions_have_no_signal(variances, q):
+    """The moments of Gaussian data of these variances; |delta| is that of the exact step."""
+    s = 0.8
+    variances = np.array(variances)
+    total = variances + s**2
+    j = variances / total
+    signal, noise, cross = (np.sum(w * total)[None] for w in (j**2, (1 - j) ** 2, j * (1 - j)))
+    none = np.zeros(1)
+    m = rules.LengthMoments(signal, noise / s**2, cross / s, *[none] * 4, None)
+    m, size, *sigmas = jax.tree.map(jnp.asarray, (m, np.full(1, 3), s, q * s))
+    drift = sd.PosteriorLength().coefficients(m, size, *sigmas).drift
+    exact = (np.sqrt(variances + (q * s) ** 2) / np.sqrt(total) - 1) / (1 - q) - (j - 1)
+    assert_allclose(drift**2 * noise, np.sum(exact**2 * total)[None], rtol=1e-12)
 
 
 def test_regression_gives_the_trace():

@@ -68,22 +68,27 @@ class PosteriorLength(Rule):
     """History gives the direction of delta, Stein its length; where history is silent, Gauss both.
 
     On data whose covariance is constant within a band the posterior mean is affine,
-    D - mean = a (x - mean), and the exact step is known without the mean and without history:
+    D - mean = l (x - mean), and the exact step is known without the mean and without history:
 
-        delta* = eta (D - x),  eta = (q - r) / (1 + r),  r = sqrt(l + (1 - l) q^2),  l = tr J / d.
+        delta* = eta(l) (D - x),   eta(l) = (q - r) / (1 + r),   r = sqrt(l + (1 - l) q^2).
 
-    (For any data, with the true l, this step keeps the band's energy that of the law.) l comes from
-    x and D alone. With a the slope of their regression and R^2 its coefficient of determination,
-    Stein's identity for v = D - a x reads
+    For any data, with l = tr J / d, this step keeps the band's energy that of the law. This l comes
+    from x and D alone. With a the slope of their regression and R^2 its coefficient of
+    determination, Stein's identity for v = D - a x reads
 
-        tr J / d = a - (1 - R^2) Var D / (sigma^2 d):
+        l = tr J / d = a - (1 - R^2) Var D / (sigma^2 d):
 
     the linear part without noise, and the identity only for the rest (at least 0.3 a, where that is
     more). delta* also says how long the solver's own delta should be, g = |delta*| / |delta|. One
     that is too long is shortened. For one that is too short R^2, the share of D's variance that is
-    linear, decides what makes up for it, its own direction or that of the Gaussian step:
+    linear, decides what makes up for it, its own direction or D - x:
 
-        delta <- gamma delta + (1 - gamma / g) eta (D - x),   gamma = g if g < 1 else g^(1 - R^2).
+        delta <- gamma delta + (1 - gamma / g) eta' (D - x),   gamma = g if g < 1 else g^(1 - R^2).
+
+    Along D - x lies most of what has no signal and needs no correction, so that eta' is not eta:
+    with the eigenvalues of J in a band 0 or l' = 1 - (1 - a) l / a, which have the mean l and give
+    the slope a, eta' = c eta(l') makes delta as long as the exact one, c^2 being the part of
+    |D - x|^2 where J is l'. Where l = a, eta' = eta.
 
     Both are exact on Gaussian data, also where delta = 0: in a first step, for a first-order
     solver. Of a delta that points away from delta* the share cos^2 is replaced by delta*. As steps
@@ -126,23 +131,13 @@ class PosteriorLength(Rule):
         self, moments: LengthMoments, sizes: Array, sigma: Scalar, sigma_next: Scalar
     ) -> Lengths:
         m, q = moments, sigma_next / sigma
-        # <D, x>, |x|^2 and |D|^2 |x|^2 - <D, x>^2 from D and e, without cancellation at any sigma.
-        together = m.signal + sigma * m.cross
-        energy = m.signal + sigma * (2 * m.cross + sigma * m.noise)
-        gap = jnp.maximum(m.signal * m.noise - m.cross**2, 0)
-        slope, rest = divide(together, energy, 0.0), divide(sigma**2 * gap, energy, 0.0)
-        nonlinear = jnp.clip(divide(rest, m.signal, 1.0), 0, 1)  # 1 - R^2
-        if m.trace is None:
-            eigenvalue = jnp.maximum(slope - rest / (sigma**2 * sizes), LEAST * slope)
-        else:
-            eigenvalue = m.trace / sizes
-        eigenvalue = jnp.clip(eigenvalue, SMALL, 1)
-        r = jnp.sqrt(eigenvalue + (1 - eigenvalue) * q**2)
-        eta = -eigenvalue * (1 - q**2) / ((r + q) * (1 + r))
+        j = jacobian(m, sizes, sigma)
+        eta = gaussian(j.mean, q)
+        straight = jnp.sqrt(jnp.clip(j.within, SMALL, 1)) * gaussian(j.other, q)
         square = divide((eta * sigma) ** 2 * m.noise, m.delta, 1 / SMALL)
-        doubt = jnp.minimum(divide(m.surprise, m.confirmed * nonlinear, 1.0), 1)
+        doubt = jnp.minimum(divide(m.surprise, m.confirmed * j.nonlinear, 1.0), 1)
         g = jnp.clip(square, SMALL, 1 / SMALL) ** (doubt / 2)
-        gamma = jnp.minimum(jnp.where(g < 1, g, g**nonlinear), self.gamma_max)
+        gamma = jnp.minimum(jnp.where(g < 1, g, g**j.nonlinear), self.gamma_max)
         drift = jnp.where(m.delta > 0, jnp.maximum(1 - gamma / g, 0), 1.0)
         # eta < 0, so that delta* points along e; a delta that points the other way is left out.
         wrong = divide(-m.along * jnp.abs(m.along), m.delta * m.noise, 0.0)
@@ -152,7 +147,7 @@ class PosteriorLength(Rule):
         made = sigma_next > 0
         return Lengths(
             gamma=jnp.where(made & (m.delta > 0), gamma, 1.0),
-            drift=jnp.where(made, drift * eta, 0.0),
+            drift=jnp.where(made, drift * straight, 0.0),
         )
 
     def delta(self, local: Local, coefficients: Lengths) -> Batch:
@@ -267,6 +262,47 @@ class CleanTarget(Rule):
         gamma, q = coefficients.gamma, local.sigma_next / local.sigma
         anchor = (alpha / alpha_next - q) / (1 - q) * local.x - local.x0
         return gamma * local.delta + (1 - gamma) * anchor
+
+
+class Spectrum(NamedTuple):
+    """Eigenvalues of J in a band, taken to be 0 or one other; (bands,) or (rows, bands) each.
+
+    Attributes:
+      mean: of all, tr J / d.
+      other: the one that is not 0.
+      within: the part of |x - D|^2 in its directions.
+      nonlinear: 1 - R^2.
+    """
+
+    mean: Array
+    other: Array
+    within: Array
+    nonlinear: Array
+
+
+def jacobian(m: LengthMoments, sizes: Array, sigma: Scalar) -> Spectrum:
+    """What the moments tell of J, see `PosteriorLength`."""
+    # <D, x>, <x - D, x> and |D|^2 |x|^2 - <D, x>^2 from D and e, without cancellation at any sigma.
+    together, apart = m.signal + sigma * m.cross, sigma * (m.cross + sigma * m.noise)
+    energy = together + apart
+    gap = jnp.maximum(m.signal * m.noise - m.cross**2, 0)
+    slope, rest = divide(together, energy, 0.0), divide(sigma**2 * gap, energy, 0.0)
+    if m.trace is None:
+        mean = jnp.maximum(slope - rest / (sigma**2 * sizes), LEAST * slope)
+    else:
+        mean = m.trace / sizes
+    mean = jnp.clip(mean, SMALL, 1)
+    share = jnp.clip(divide(mean, slope, 1.0), 0, 1)
+    away = share * jnp.clip(divide(apart, energy, 1.0), 0, 1)  # 1 - other
+    within = divide(mean * away, mean * away + 1 - share, 1.0)
+    nonlinear = jnp.clip(divide(rest, m.signal, 1.0), 0, 1)
+    return Spectrum(mean, 1 - away, within, nonlinear)
+
+
+def gaussian(eigenvalue: Array, q: Scalar) -> Array:
+    """Of the exact step delta* = eta (D - x) where J is this multiple of the identity."""
+    r = jnp.sqrt(eigenvalue + (1 - eigenvalue) * q**2)
+    return -eigenvalue * (1 - q**2) / ((r + q) * (1 + r))
 
 
 def mean_weight(before: Scalar, sigma: Scalar) -> Array:
