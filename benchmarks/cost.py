@@ -174,9 +174,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--widths", nargs="*", type=int, default=WIDTHS, help="of the networks")
     parser.add_argument("--tiny", action="store_true", help="to see that it runs")
     arguments = parser.parse_args()
-    widths, turns, steps = WIDTHS, arguments.turns, arguments.steps
+    widths, turns, steps = arguments.widths, arguments.turns, arguments.steps
     batch, pixels = (64, 16) if ON_CPU else (512, 32)
     if arguments.tiny:
         widths, turns, steps, batch, pixels = (4,), 1, 2, 32, 4
