@@ -60,7 +60,7 @@ def measure(scale: float, a: argparse.Namespace) -> dict:
 
     def judge(x: np.ndarray, seed: int) -> Score:
         found = fid.statistics([x], classifier.features)
-        shares = metrics.precision_recall(test.first, found.first, fid.NEIGHBOURS)
+        shares = metrics.precision_recall(test.first[: len(x)], found.first, fid.NEIGHBOURS)
         distances_of = fid.frechet_distance(test, found), fid.frechet_distance(own, found)
         return Score(*distances_of, *shares, *distances(x, seed))
 
