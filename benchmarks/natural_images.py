@@ -177,7 +177,7 @@ def further(table: Table, scores: dict[str, dict]) -> None:
     """How many evaluations the best plain solver needs for what the best corrected one reaches."""
     for p in scores:
         tried = sorted({cell[3] for cell in table.cells if cell[0] == p})
-        for k in (3, 5):
+        for k in {3, 5} & {cell[3] for cell in table.cells if cell[2] == "corrected"}:
             reached = table.best(p, "corrected", k)[0].mean()
             enough = [n for n in tried if table.best(p, "plain", n)[0].mean() <= reached]
             needs = str(enough[0]) if enough else f"more than {tried[-1]}"
