@@ -257,7 +257,11 @@ UNSUPPORTED = {
         "no network can be built",
     ),
     "more layers": (SMALLEST, {"layers_per_block": 3}, "arrays missing, such as"),
-    "fewer layers": ("no middle", {"layers_per_block": 1}, "not in the network of config.json"),
+    "fewer layers": (
+        "no middle",
+        {"layers_per_block": 1},
+        "not in the network of its configuration",
+    ),
     "other width": (SMALLEST, {"time_embedding_dim": 24}, r"of shape \(.*24\), got F32 \(.*20\)"),
     "norm": ("DiT-XL-2", {"norm_type": "ada_norm"}, "key 'norm_type'.*'ada_norm_zero'"),
     "feed-forward": ("DiT-XL-2", {"activation_fn": "geglu"}, "key 'activation_fn'.*'geglu'"),
@@ -333,7 +337,7 @@ def test_damaged_files_are_errors(count, tmp_path, monkeypatch):
     write(tmp_path, SMALLEST, scheduler={"beta_schedule": "linear", "trained_betas": [0.1, 0.2]})
     whole = {file: file.read_bytes() for file in sorted(tmp_path.iterdir())}
     # A network as it should be is traced once.
-    monkeypatch.setattr(checkpoints, "_expected", cache(checkpoints._expected))
+    monkeypatch.setattr(checkpoints, "expected_arrays", cache(checkpoints.expected_arrays))
     rng = np.random.default_rng(0)
     refused = 0
     for _ in range(count):

@@ -11,6 +11,7 @@ extra `checkpoints`: flax and safetensors.
 
 import dataclasses
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -205,9 +206,8 @@ def _variables(module: UNet2D | DiT, config: Path, files: list[Path]) -> dict[st
         layers = module.num_layers if isinstance(module, DiT) else module.layers_per_block
         if layers > len(found):  # or one number in the JSON could keep a machine busy for days
             raise ValueError(f"{config}: {layers} layers, but the weights are {len(found)} arrays")
-        expected = _expected(module, config)
-        _same("missing", expected.keys() - found.keys(), files)
-        _same("not in the network of config.json", found.keys() - expected.keys(), files)
+        expected = expected_arrays(module, config)
+        check_names(expected, found, files[0].parent)
         return {
             "params": unflatten_dict(
                 {path: _array(*found[key], path, shape) for key, (path, shape) in expected.items()}
@@ -217,13 +217,18 @@ def _variables(module: UNet2D | DiT, config: Path, files: list[Path]) -> dict[st
         raise ValueError(f"{files[0].parent}: damaged safetensors: {error}") from error
 
 
-def _same(what: str, keys: set[str], files: list[Path]) -> None:
-    if keys:
-        some = sorted(keys)[:4]
-        raise ValueError(f"{files[0].parent}: {len(keys)} arrays {what}, such as {some}")
+def check_names(expected: Mapping[str, Any], found: Mapping[str, Any], place: Path) -> None:
+    """That a place has the arrays that a network needs, and no others."""
+    for what, keys in {
+        "missing": expected.keys() - found.keys(),
+        "not in the network of its configuration": found.keys() - expected.keys(),
+    }.items():
+        if keys:
+            some = sorted(key[:80] for key in keys)[:4]
+            raise ValueError(f"{place}: {len(keys)} arrays {what}, such as {some}")
 
 
-def _expected(module: UNet2D | DiT, config: Path) -> dict[str, tuple[tuple, tuple]]:
+def expected_arrays(module: Any, config: Path) -> dict[str, tuple[tuple, tuple]]:
     """Name in the file -> path and shape in the variables."""
     try:
         shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
@@ -239,16 +244,24 @@ def _expected(module: UNet2D | DiT, config: Path) -> dict[str, tuple[tuple, tupl
 
 
 def _array(handle: Any, key: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Array:
-    """One parameter, (out, in, ...) in the file and (..., in, out) in Flax."""
-    piece = handle.get_slice(key)
-    is_kernel = path[-1] == "kernel"
-    stored = (*shape[:-3:-1], *shape[:-2]) if is_kernel else shape
+    """One parameter, whose shape is known to be right before it is read."""
+    piece, stored = handle.get_slice(key), stored_shape(path, shape)
     if tuple(piece.get_shape()) != stored or piece.get_dtype() not in FLOATING:
         raise ValueError(
             f"{key} must be floating point of shape {stored}, got {piece.get_dtype()} "
             f"{tuple(piece.get_shape())}"
         )
-    array = handle.get_tensor(key)
+    return parameter(handle.get_tensor(key), key, path)
+
+
+def stored_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in torch's files, (out, in, ...), of what is (..., in, out) in Flax."""
+    return (*shape[:-3:-1], *shape[:-2]) if path[-1] == "kernel" else shape
+
+
+def parameter(array: np.ndarray, key: str, path: tuple[str, ...]) -> Array:
+    """An array of torch's files as Flax has it."""
     if not np.isfinite(array).all():
         raise ValueError(f"{key} has values that are not finite")
+    is_kernel = path[-1] == "kernel"
     return jnp.asarray(np.moveaxis(array, (0, 1), (-1, -2)) if is_kernel else array)
