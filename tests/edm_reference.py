@@ -10,10 +10,10 @@ and inputs are drawn by rules that need numpy alone, so that the tests need no t
 import json
 import sys
 import types
+from functools import partial
 from pathlib import Path
 
 import numpy as np
-
 from diffusers_reference import draw
 
 FILE = Path(__file__).parent / "reference" / "edm.npz"
@@ -127,10 +127,12 @@ def edm(folder):
     for name in SNAPSHOTS:
         net, config = snapshot(networks, name)
         labels = torch.eye(3)[LABELS] if net.label_dim else None
-        outputs = [
-            call(lambda x, s=s: net(x, torch.full((2,), s), labels), inputs() * np.hypot(1, s))
-            for s in np.float32(config["sigmas"])
-        ]
+
+        def denoise(x, sigma, net=net, labels=labels):
+            return net(x, torch.full((2,), sigma), labels)
+
+        sigmas = np.float32(config["sigmas"])
+        outputs = [call(partial(denoise, sigma=s), inputs() * np.hypot(1, s)) for s in sigmas]
         yield f"edm {name}", config, outputs
 
 
@@ -157,7 +159,7 @@ def guided_diffusion(folder):
                 )
                 return found["pred_xstart"]
 
-            outputs.append(call(denoise, inputs()))  # x / alpha is that of the others
+            outputs.append(call(denoise, inputs()))  # that is alpha times the x of the others
         flags = {key: options[key] for key in FLAGS}
         yield f"guided {name}", {"shapes": shapes, "sigmas": ratios, "flags": flags}, outputs
 
@@ -191,14 +193,12 @@ def consistency_models(folder):
         module, diffusion = script_util.create_model_and_diffusion(**options)
         shapes = fill(module)
         labels = {"y": torch.from_numpy(LABELS)} if options["class_cond"] else {}
+
+        def denoise(x, sigma, module=module, diffusion=diffusion, labels=labels):
+            return diffusion.denoise(module, x, torch.full((2,), sigma), **labels)[1]
+
         outputs = [
-            call(
-                lambda x, s=s, m=module, d=diffusion, y=labels: d.denoise(
-                    m, x, torch.full((2,), s), **y
-                )[1],
-                inputs() * np.hypot(1, s),
-            )
-            for s in np.float32(SIGMAS)
+            call(partial(denoise, sigma=s), inputs() * np.hypot(1, s)) for s in np.float32(SIGMAS)
         ]
         flags = {"num_head_channels": options["num_head_channels"]}
         config = {"shapes": shapes, "sigmas": list(SIGMAS), "flags": flags}

@@ -5,9 +5,8 @@ import pickle
 import zipfile
 from collections import OrderedDict
 
-import numpy as np
-
 MAGIC, PROTOCOL = 0x1950A86A20F9469CFC6C, 1001
+SOURCE = ""  # of a snapshot's classes
 STORAGE = {"float32": "FloatStorage", "float16": "HalfStorage", "float64": "DoubleStorage"}
 STORAGE |= {"int64": "LongStorage", "bfloat16": "BFloat16Storage"}
 
@@ -44,7 +43,7 @@ class Pickler(pickle._Pickler):
 
     def __init__(self, file, protocol=4):
         super().__init__(file, protocol)
-        self.storages = {}
+        self.storages, self.keys = {}, {}
 
     def save(self, obj, *args, **kwargs):
         if isinstance(obj, Name):
@@ -56,7 +55,7 @@ class Pickler(pickle._Pickler):
     def persistent_id(self, obj):
         if not isinstance(obj, Stored):
             return None
-        key = str(len(self.storages))
+        key = self.keys.setdefault(id(obj), str(len(self.keys)))
         self.storages[key] = obj.array
         kind = Name(f"torch.{STORAGE[obj.array.dtype.name]}")
         return "storage", kind, key, "cpu", obj.array.size
@@ -104,7 +103,7 @@ def zipped(thing, order=b"little", compression=zipfile.ZIP_STORED):
 
 def persistent(name, state):
     """An object of EDM's own classes."""
-    meta = {"type": "class", "version": 6, "module_src": "", "class_name": name, "state": state}
+    meta = {"type": "class", "version": 6, "module_src": SOURCE, "class_name": name, "state": state}
     return Call("torch_utils.persistence._reconstruct_persistent_obj", meta)
 
 

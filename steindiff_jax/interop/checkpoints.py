@@ -11,18 +11,14 @@ extra `checkpoints`: flax and safetensors.
 
 import dataclasses
 import re
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import Array
 from safetensors import SafetensorError, safe_open
 
-from steindiff_jax.interop import _json
+from steindiff_jax.interop import _json, _weights
 from steindiff_jax.interop.networks import DiT, UNet2D
 from steindiff_jax.interop.schedulers import betas_schedule
 from steindiff_jax.protocols import Schedule
@@ -67,7 +63,7 @@ def load_diffusers(path: str | Path) -> Checkpoint:
     folder, scheduler = _layout(Path(path))
     config = folder / "config.json"
     module = _network(config)
-    variables = _variables(module, config, _weights(folder))
+    variables = _variables(module, config, _files(folder))
     schedule, prediction = _schedule(scheduler) if scheduler else (None, None)
     return Checkpoint(module, variables, schedule, prediction)
 
@@ -89,7 +85,7 @@ def _layout(path: Path) -> tuple[Path, Path | None]:
     return folder, next((place for place in places if place.is_file()), None)
 
 
-def _weights(folder: Path) -> list[Path]:
+def _files(folder: Path) -> list[Path]:
     single = folder / f"{WEIGHTS}.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob(f"{WEIGHTS}-*-of-*.safetensors"))
     if files:
@@ -206,8 +202,8 @@ def _variables(module: UNet2D | DiT, config: Path, files: list[Path]) -> dict[st
         layers = module.num_layers if isinstance(module, DiT) else module.layers_per_block
         if layers > len(found):  # or one number in the JSON could keep a machine busy for days
             raise ValueError(f"{config}: {layers} layers, but the weights are {len(found)} arrays")
-        expected = expected_arrays(module, config)
-        check_names(expected, found, files[0].parent)
+        expected = _weights.expected(module, config)
+        _weights.check_names(expected, found, files[0].parent)
         return {
             "params": unflatten_dict(
                 {path: _array(*found[key], path, shape) for key, (path, shape) in expected.items()}
@@ -217,51 +213,12 @@ def _variables(module: UNet2D | DiT, config: Path, files: list[Path]) -> dict[st
         raise ValueError(f"{files[0].parent}: damaged safetensors: {error}") from error
 
 
-def check_names(expected: Mapping[str, Any], found: Mapping[str, Any], place: Path) -> None:
-    """That a place has the arrays that a network needs, and no others."""
-    for what, keys in {
-        "missing": expected.keys() - found.keys(),
-        "not in the network of its configuration": found.keys() - expected.keys(),
-    }.items():
-        if keys:
-            some = sorted(key[:80] for key in keys)[:4]
-            raise ValueError(f"{place}: {len(keys)} arrays {what}, such as {some}")
-
-
-def expected_arrays(module: Any, config: Path) -> dict[str, tuple[tuple, tuple]]:
-    """Name in the file -> path and shape in the variables."""
-    try:
-        shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
-    except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
-        raise ValueError(f"{config}: no network can be built from it: {error}") from error
-
-    def name(path: tuple[str, ...]) -> str:
-        leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-        return ".".join((*path[:-1], leaf.get(path[-1], path[-1])))
-
-    paths = {tuple(k.key for k in path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
-    return {name(path): (path, leaf.shape) for path, leaf in paths.items()}
-
-
 def _array(handle: Any, key: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Array:
     """One parameter, whose shape is known to be right before it is read."""
-    piece, stored = handle.get_slice(key), stored_shape(path, shape)
+    piece, stored = handle.get_slice(key), _weights.stored_shape(path, shape)
     if tuple(piece.get_shape()) != stored or piece.get_dtype() not in FLOATING:
         raise ValueError(
             f"{key} must be floating point of shape {stored}, got {piece.get_dtype()} "
             f"{tuple(piece.get_shape())}"
         )
-    return parameter(handle.get_tensor(key), key, path)
-
-
-def stored_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """The shape in torch's files, (out, in, ...), of what is (..., in, out) in Flax."""
-    return (*shape[:-3:-1], *shape[:-2]) if path[-1] == "kernel" else shape
-
-
-def parameter(array: np.ndarray, key: str, path: tuple[str, ...]) -> Array:
-    """An array of torch's files as Flax has it."""
-    if not np.isfinite(array).all():
-        raise ValueError(f"{key} has values that are not finite")
-    is_kernel = path[-1] == "kernel"
-    return jnp.asarray(np.moveaxis(array, (0, 1), (-1, -2)) if is_kernel else array)
+    return _weights.parameter(handle.get_tensor(key), key, path)

@@ -5,7 +5,7 @@
     solution = sd.sample(key, denoiser, (16, 32, 32, 3), sigmas=sd.karras_sigmas(10))
 
 The files are pickles, which are read as data: nothing in them is imported or run, and torch is not
-needed. It needs the extra `checkpoints`. The weights have licences of their own: NVIDIA's CC BY-NC-SA.
+needed. It needs the extra `checkpoints`. NVIDIA's weights are licensed CC BY-NC-SA.
 """
 
 import dataclasses
@@ -13,22 +13,16 @@ import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import Array
 
-from steindiff_jax import schedules
+from steindiff_jax import _checks, schedules
 from steindiff_jax._pytree import pytree
-from steindiff_jax.interop import _json, _pickle
-from steindiff_jax.interop.checkpoints import (
-    check_names,
-    expected_arrays,
-    parameter,
-    stored_shape,
-)
+from steindiff_jax.interop import _json, _pickle, _weights
 from steindiff_jax.interop.networks import SongUNet, UNet2D
 from steindiff_jax.protocols import Numeric, Schedule
 
@@ -63,7 +57,7 @@ class LogSigma(schedules.EDM):
 def load_edm(
     path: str | Path,
     *,
-    noise_schedule: Literal["linear", "cosine"] = "linear",
+    noise_schedule: str = "linear",
     num_head_channels: int = 64,
     use_new_attention_order: bool = False,
 ) -> Snapshot:
@@ -78,7 +72,7 @@ def load_edm(
 
     Args:
       path: the file.
-      noise_schedule: of guided-diffusion: "cosine" for ImageNet at 64 pixels.
+      noise_schedule: of guided-diffusion, "linear" or "cosine"; this for ImageNet at 64 pixels.
       num_head_channels: features of an attention head, for a .pt.
       use_new_attention_order: of guided-diffusion: True for ImageNet at 64 pixels.
 
@@ -101,8 +95,9 @@ def load_edm(
         raise ValueError(f"{file} holds neither a snapshot's 'ema' nor arrays alone")
     if noise_schedule not in ("linear", "cosine"):
         raise ValueError(f"noise_schedule must be 'linear' or 'cosine', got {noise_schedule!r}")
+    _checks.count("num_head_channels", num_head_channels)
     arrays = {key: tensor.array() for key, tensor in found.items()}
-    return _weights(arrays, file, noise_schedule, num_head_channels, use_new_attention_order)
+    return _guided(arrays, file, noise_schedule, num_head_channels, use_new_attention_order)
 
 
 # --- Snapshots of EDM ----------------------------------------------------------------------------
@@ -169,7 +164,8 @@ def _snapshot(ema: _pickle.Node, file: Path) -> Snapshot:
         for key, array in _arrays(model, file).items()
         if not (key.endswith(".resample_filter") or key.startswith("map_augment."))
     }
-    _check_count(max(config.num_blocks, len(config.channel_mult)), arrays, file)
+    if config.num_blocks > len(arrays):  # or one number could keep a machine busy for days
+        raise ValueError(f"{file}: {config.num_blocks} blocks, but {len(arrays)} arrays")
     if isinstance(config, ADM):
         module, rename, last = config.module(), config.rename, "out_conv"
         if "map_label.weight" in arrays:  # a matrix there, a table in ours
@@ -193,9 +189,9 @@ def _configuration(model: _pickle.Node, file: Path) -> SongUNet | ADM:
     options = _field(model.state, "_init_kwargs", dict, file)
     for key, value in options.items():
         values = value if type(value) in (list, tuple) else [value]
-        if any(type(v) not in (int, float, str, bool, type(None)) for v in values):
-            raise ValueError(f"{file}: key {key[:80]!r} must be numbers or text")
-    options = {key: None if value in (0, []) else value for key, value in options.items()}
+        if len(values) > 64 or any(type(v) not in (int, float, str, bool) for v in values):
+            raise ValueError(f"{file}: key {key[:80]!r} must be a few numbers, or text")
+    options = {key: None if value in (0, [], ()) else value for key, value in options.items()}
     known = _json.known(CONFIGURATIONS[model.name], options, file)
     if extra := sorted(options.keys() - known.keys() - IGNORED):
         raise ValueError(f"{file}: key {extra[0][:80]!r} is not supported")
@@ -273,7 +269,7 @@ def _arrays(model: _pickle.Node, file: Path) -> Arrays:
 # --- Weights alone -------------------------------------------------------------------------------
 
 
-def _weights(
+def _guided(
     arrays: Arrays, file: Path, noise_schedule: str, head: int, new_order: bool
 ) -> Snapshot:
     """A network of guided-diffusion; its arrays say how many there are of everything."""
@@ -288,8 +284,9 @@ def _weights(
 
     # The first of the output's blocks with a part after its resnet and attention ends a level.
     blocks = {match[1] for key in arrays if (match := re.match(r"(output_blocks\.\d{1,3})\.", key))}
+    parts = {".".join(key.split(".")[:3]) for key in arrays}
     ups = [f"output_blocks.{k}.{1 + attends(f'output_blocks.{k}')}" for k in range(len(blocks))]
-    goes_up = [any(key.startswith(f"{up}.") for key in arrays) for up in ups]
+    goes_up = [up in parts for up in ups]
     n = goes_up.index(True) + 1 if True in goes_up else max(len(blocks), 1)
     levels = len(blocks) // n
     firsts = [f"input_blocks.{1 + i * n}" for i in range(max(levels, 1))]
@@ -418,11 +415,6 @@ def _rename_adm(
     return f"{place(side, int(i or 0), kind, int(j))}.{layer}.{leaf}"
 
 
-def _check_count(layers: int, arrays: Arrays, file: Path) -> None:
-    if layers > len(arrays):  # or one number could keep a machine busy for days
-        raise ValueError(f"{file}: {layers} layers, but the weights are {len(arrays)} arrays")
-
-
 def _attention(arrays: Arrays) -> list[tuple[str, np.ndarray]]:
     return [(key, array) for key, array in arrays.items() if key.split(".")[-2:-1] == ["qkv"]]
 
@@ -435,12 +427,14 @@ def _variables(
     file: Path,
 ) -> dict[str, Any]:
     """Parameters by their paths; parts are query, key and value, of what the file has as one."""
-    expected = expected_arrays(module, file)
+    if sum(array.nbytes for array in arrays.values()) > file.stat().st_size:
+        raise ValueError(f"{file}: its arrays are larger than the file, as some share their bytes")
+    expected = _weights.expected(module, file)
     names = {name: rename(name) for name in expected}
-    check_names(dict.fromkeys(names.values()), arrays, file)
+    _weights.check_names(dict.fromkeys(names.values()), arrays, file)
     found = {}
     for name, (path, shape) in expected.items():
-        key, stored = names[name], stored_shape(path, shape)
+        key, stored = names[name], _weights.stored_shape(path, shape)
         which = [f".to_{c}." in name for c in "qkv"]
         array = parts[key][which.index(True)] if any(which) else arrays[key]
         if array.shape[len(stored) :] in ((1,), (1, 1)):  # a convolution over one pixel
@@ -450,5 +444,5 @@ def _variables(
                 f"{file}: {key} must be floating point of shape {stored}, got {array.dtype} "
                 f"{array.shape}"
             )
-        found[path] = parameter(array, key, path)
+        found[path] = _weights.parameter(array, key, path)
     return {"params": unflatten_dict(found)}

@@ -296,6 +296,8 @@ class SongUNet(nn.Module):
     def __call__(self, x: Batch, t: Rows, class_labels: Array | None = None) -> Batch:
         levels = len(self.channel_mult)
         _check_size(x, 2 ** (levels - 1), self.in_channels)
+        if self.img_resolution >> (levels - 1) < 1:
+            raise ValueError(f"img_resolution={self.img_resolution} halved {levels - 1} times is 0")
         if self.resample_filter not in ((1, 1), (1, 3, 3, 1)):
             raise ValueError(f"resample_filter must be 1 1 or 1 3 3 1, got {self.resample_filter}")
         is_fir = len(self.resample_filter) == 4
