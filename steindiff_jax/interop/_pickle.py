@@ -226,6 +226,32 @@ def _call(function: Any, args: Any, load: Callable[[Any], Any] | None) -> Any:
     return Tensor(storage, offset, size, stride)
 
 
+class _Machine:
+    """The stack of a pickle, and the stacks below it that a mark put aside."""
+
+    def __init__(self) -> None:
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []
+        self.memo: dict[int, Any] = {}
+
+    def above(self) -> list[Any]:
+        """What was pushed since the last mark."""
+        found, self.stack = self.stack, self.below.pop()
+        return found
+
+    def top(self, kind: type) -> Any:
+        """What is on top, which must be a container of a kind."""
+        if type(self.stack[-1]) is not kind:
+            raise ValueError(f"a {kind.__name__} is expected")
+        return self.stack[-1]
+
+    def put(self, keys: list[Any], values: list[Any]) -> None:
+        """Items in the dict on top."""
+        if any(type(key) is not str for key in keys):  # hashing a tuple may take forever
+            raise ValueError("keys must be text")
+        self.top(dict).update(zip(keys, values, strict=True))
+
+
 def _run(
     stream: io.BytesIO,
     storage: Callable[[Any], Storage] | None = None,
@@ -235,89 +261,70 @@ def _run(
 
     storage: of a persistent id; load: what torch saved to some bytes; None where these have no use.
     """
-    stack: list[Any] = []
-    marks: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-
-    def above() -> list[Any]:
-        """What was pushed since the last mark."""
-        nonlocal stack
-        found, stack = stack, marks.pop()
-        return found
-
-    def top(kind: type) -> Any:
-        if type(stack[-1]) is not kind:
-            raise ValueError(f"a {kind.__name__} is expected")
-        return stack[-1]
-
-    def put(keys: list[Any], values: list[Any]) -> None:
-        if any(type(key) is not str for key in keys):  # hashing a tuple may take forever
-            raise ValueError("keys must be text")
-        top(dict).update(zip(keys, values, strict=True))
-
+    m = _Machine()
     arg: Any
     for op, arg, _ in pickletools.genops(stream):
         match op.name:
             case "PROTO" | "FRAME":
                 pass
             case "STOP":
-                return stack.pop()
+                return m.stack.pop()
             case name if name in VALUES:
-                stack.append(arg)
+                m.stack.append(arg)
             case name if name in CONSTANTS:
-                stack.append(CONSTANTS[name])
+                m.stack.append(CONSTANTS[name])
             case "EMPTY_DICT":
-                stack.append({})
+                m.stack.append({})
             case "EMPTY_LIST":
-                stack.append([])
+                m.stack.append([])
             case "EMPTY_SET":
-                stack.append(Node("set"))
+                m.stack.append(Node("set"))
             case "ADDITEMS":
-                above()  # a set says nothing about a network
+                m.above()  # a set says nothing about a network
             case "MARK":
-                marks.append(stack)
-                stack = []
+                m.below.append(m.stack)
+                m.stack = []
             case "TUPLE":
-                items = tuple(above())
-                stack.append(items)
+                items = tuple(m.above())
+                m.stack.append(items)
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
                 n = int(op.name[-1])
-                if len(stack) < n:
+                if len(m.stack) < n:
                     raise ValueError("the stack is empty")
-                stack[-n:] = [tuple(stack[-n:])]
+                m.stack[-n:] = [tuple(m.stack[-n:])]
             case "APPEND":
-                item = stack.pop()
-                top(list).append(item)
+                item = m.stack.pop()
+                m.top(list).append(item)
             case "APPENDS":
-                items = above()
-                top(list).extend(items)
+                items = m.above()
+                m.top(list).extend(items)
             case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                put([key], [value])
+                value, key = m.stack.pop(), m.stack.pop()
+                m.put([key], [value])
             case "SETITEMS":
-                items = above()
-                put(items[::2], items[1::2])
+                items = m.above()
+                m.put(items[::2], items[1::2])
             case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
+                m.memo[len(m.memo)] = m.stack[-1]
             case "BINPUT" | "LONG_BINPUT":
-                memo[arg] = stack[-1]
+                m.memo[arg] = m.stack[-1]
             case "BINGET" | "LONG_BINGET":
-                stack.append(memo[arg])
+                m.stack.append(m.memo[arg])
             case "GLOBAL":
-                stack.append(_name(*arg.split(" ", 1)))
+                m.stack.append(_name(*arg.split(" ", 1)))
             case "STACK_GLOBAL":
-                name, module = stack.pop(), stack.pop()
-                stack.append(_name(module, name))
+                name, module = m.stack.pop(), m.stack.pop()
+                m.stack.append(_name(module, name))
             case "REDUCE" | "NEWOBJ":
-                args, function = stack.pop(), stack.pop()
-                stack.append(_call(function, args, load))
+                args, function = m.stack.pop(), m.stack.pop()
+                m.stack.append(_call(function, args, load))
             case "BUILD":
-                state = stack.pop()
-                if type(stack[-1]) is not dict:  # attributes of a dict are of no use
-                    top(Node).state = state
+                state = m.stack.pop()
+                if type(m.stack[-1]) is not dict:  # attributes of a dict are of no use
+                    m.top(Node).state = state
             case "BINPERSID" if storage:
-                pid = stack.pop()
-                stack.append(storage(pid))
+                pid = m.stack.pop()
+                m.stack.append(storage(pid))
             case name:
                 raise ValueError(f"the instruction {name} has no use in a network's file")
     raise ValueError("it has no end")

@@ -134,21 +134,16 @@ class ADM:
             resnet_time_scale_shift="scale_shift",
         )
 
-    def rename(self, name: str) -> str:
-        """The name in a snapshot of an array of the network."""
+    def place(self, side: str, i: int, kind: str, j: int) -> str:
+        """The block of a snapshot that is one of diffusers'."""
         sizes = _sizes(self)
-
-        def place(side: str, i: int, kind: str, j: int) -> str:
-            if side == "mid":
-                return f"dec.{sizes[-1]}_in{j}"
-            if kind == "downsamplers":
-                return f"enc.{sizes[i + 1]}_down"
-            if kind == "upsamplers":
-                return f"dec.{sizes[-2 - i]}_up"
-            return f"enc.{sizes[i]}_block{j}" if side == "down" else f"dec.{sizes[-1 - i]}_block{j}"
-
-        top = EDM_TOP | {"conv_in": f"enc.{sizes[0]}_conv"}
-        return _rename_adm(name, top, EDM_LAYERS, place)
+        if side == "mid":
+            return f"dec.{sizes[-1]}_in{j}"
+        if kind == "downsamplers":
+            return f"enc.{sizes[i + 1]}_down"
+        if kind == "upsamplers":
+            return f"dec.{sizes[-2 - i]}_up"
+        return f"enc.{sizes[i]}_block{j}" if side == "down" else f"dec.{sizes[-1 - i]}_block{j}"
 
 
 CONFIGURATIONS = {"SongUNet": SongUNet, "DhariwalUNet": ADM}
@@ -167,7 +162,9 @@ def _snapshot(ema: _pickle.Node, file: Path) -> Snapshot:
     if config.num_blocks > len(arrays):  # or one number could keep a machine busy for days
         raise ValueError(f"{file}: {config.num_blocks} blocks, but {len(arrays)} arrays")
     if isinstance(config, ADM):
-        module, rename, last = config.module(), config.rename, "out_conv"
+        top = EDM_TOP | {"conv_in": f"enc.{_sizes(config)[0]}_conv"}
+        rename = partial(_rename_adm, top=top, layers=EDM_LAYERS, place=config.place)
+        module, last = config.module(), "out_conv"
         if "map_label.weight" in arrays:  # a matrix there, a table in ours
             arrays["map_label.weight"] = arrays["map_label.weight"].T
     else:
