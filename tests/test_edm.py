@@ -262,17 +262,22 @@ HOSTILE = {
     "a dotted name": (b"ctorch\nnn.modules.os.system\n)R.", "no 'ema'|neither"),
     "instance": (b"(iposix\nsystem\n.", "instruction INST"),
     "object": (b"(" + SYSTEM + b"o.", "names posix.system"),
+    "text with escapes": (b"S'\\\\q'\n.", "instruction STRING"),
     "registry": (b"\x82\x01.", "instruction EXT1"),
     "in torch's bytes": (unpickled(CALL + b"."), "names posix.system"),
     "bytes in bytes": (unpickled(unpickled(b"")), "storages lie within storages"),
     "a call of text": (b"X\x01\x00\x00\x00a)R.", "calls what is no name"),
     "a call of a storage": (b"ctorch\nFloatStorage\n)R.", "calls torch.FloatStorage"),
-    "unknown instruction": (b"\xff.", "unknown"),
+    "unknown instruction": (b"\xff.", "instruction b.*no use"),
+    "a storage of none": (b"NQ.", "names a storage"),
     "reading ahead": (b"\x8e" + b"\xff" * 8 + b"abc.", "expected|exceed|bytes"),
-    "a large array of bytes": (b"\x96" + b"\x00\x00\x00\x00\xff\x00\x00\x00.", "."),
+    "a large array of bytes": (
+        b"\x96" + b"\x00\x00\x00\x00\xff\x00\x00\x00.",
+        "instruction BYTEARRAY8",
+    ),
     "a large memo": (b"Nr\xff\xff\xff\x7f.", "neither"),
     "a large frame": (b"\x80\x04\x95" + b"\xff" * 8 + b"N.", "neither"),
-    "a large number": (b"\x8b\xff\xff\xff\x7f.", "."),
+    "a large number": (b"\x8b\xff\xff\xff\x7f.", "instruction LONG4"),
     "itself": (b"]q\x00h\x00a.", "neither"),
     "itself as ema": (b"}q\x00X\x03\x00\x00\x00emah\x00s.", "neither"),
     "doubled": (doubled(b")", ord("t"), 200), "neither"),
@@ -280,8 +285,8 @@ HOSTILE = {
     "no memo": (b"h\x00.", "0"),
     "no stack": (b".", "."),
     "no mark": (b"t.", "."),
-    "no end": (b"]" * 1000, "pickle exhausted|no end"),
-    "nothing": (b"", "pickle exhausted|no end"),
+    "no end": (b"]" * 1000, "no end"),
+    "nothing": (b"", "no end"),
     "set's items": (b"\x8f(" + b"N" * 10 + b"\x90.", "neither"),
     "a zip of nothing": (b"PK\x05\x06" + bytes(18), "."),
     "another zip": (snapshots.zipped({})[:-30], "."),
@@ -373,7 +378,7 @@ def test_modules_and_arrays_that_share(tmp_path):
         load_edm(file)
 
 
-@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [200, pytest.param(3000, marks=pytest.mark.slow)])
 def test_damaged_files_are_errors(count, tmp_path, monkeypatch):
     """Either a network with all arrays or a ValueError that says little, never anything else."""
     names = [SMALLEST, "guided one level"]

@@ -54,6 +54,15 @@ VALUES = {
     *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8"),
 }
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+KNOWN = {
+    *("PROTO", "FRAME", "STOP", "MARK", "EMPTY_DICT", "EMPTY_LIST", "EMPTY_SET", "ADDITEMS"),
+    *("TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "APPEND", "APPENDS", "SETITEM", "SETITEMS"),
+    *("MEMOIZE", "BINPUT", "LONG_BINPUT", "BINGET", "LONG_BINGET"),
+    *("GLOBAL", "STACK_GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID"),
+    *VALUES,
+    *CONSTANTS,
+}
+INSTRUCTIONS = {op.code.encode("latin-1"): op for op in pickletools.opcodes}
 
 
 class Name(NamedTuple):
@@ -262,8 +271,12 @@ def _run(
     storage: of a persistent id; load: what torch saved to some bytes; None where these have no use.
     """
     m = _Machine()
-    arg: Any
-    for op, arg, _ in pickletools.genops(stream):
+    while code := stream.read(1):
+        op = INSTRUCTIONS.get(code)
+        if op is None or op.name not in KNOWN:  # its argument is not read
+            what = op.name if op else code
+            raise ValueError(f"the instruction {what} has no use in a network's file")
+        arg: Any = op.arg.reader(stream) if op.arg else None
         match op.name:
             case "PROTO" | "FRAME":
                 pass
@@ -325,6 +338,6 @@ def _run(
             case "BINPERSID" if storage:
                 pid = m.stack.pop()
                 m.stack.append(storage(pid))
-            case name:
-                raise ValueError(f"the instruction {name} has no use in a network's file")
+            case _:
+                raise ValueError("it names a storage, but none is in the file")
     raise ValueError("it has no end")
