@@ -260,6 +260,7 @@ HOSTILE = {
     "by the stack": (b"\x8c\x02os\x8c\x06system\x93.", "names os.system"),
     "an import": (b"cantigravity\nfly\n.", "names antigravity.fly"),
     "a dotted name": (b"ctorch\nnn.modules.os.system\n)R.", "no 'ema'|neither"),
+    "escapes in a name": (b"c\\F\n\\x41\n.", r"names \\F.\\x41"),
     "instance": (b"(iposix\nsystem\n.", "instruction INST"),
     "object": (b"(" + SYSTEM + b"o.", "names posix.system"),
     "text with escapes": (b"S'\\\\q'\n.", "instruction STRING"),

@@ -276,7 +276,8 @@ def _run(
         if op is None or op.name not in KNOWN:  # its argument is not read
             what = op.name if op else code
             raise ValueError(f"the instruction {what} has no use in a network's file")
-        arg: Any = op.arg.reader(stream) if op.arg else None
+        # pickletools decodes escapes in a GLOBAL, which has none.
+        arg: Any = op.arg.reader(stream) if op.arg and op.name != "GLOBAL" else None
         match op.name:
             case "PROTO" | "FRAME":
                 pass
@@ -324,7 +325,8 @@ def _run(
             case "BINGET" | "LONG_BINGET":
                 m.stack.append(m.memo[arg])
             case "GLOBAL":
-                m.stack.append(_name(*arg.split(" ", 1)))
+                module, name = (stream.readline()[:-1].decode("ascii") for _ in range(2))
+                m.stack.append(_name(module, name))
             case "STACK_GLOBAL":
                 name, module = m.stack.pop(), m.stack.pop()
                 m.stack.append(_name(module, name))
