@@ -123,7 +123,8 @@ def load(file: Path) -> Any:
     except FileNotFoundError as error:
         raise ValueError(f"no file {file}") from error
     except BROKEN as error:
-        raise ValueError(f"{file} is no file of a network that can be read: {error}") from error
+        what = str(error)[:200]  # some quote the file
+        raise ValueError(f"{file} is no file of a network that can be read: {what}") from error
 
 
 def _zip(file: Path) -> Any:
