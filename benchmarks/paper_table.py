@@ -3,12 +3,14 @@
     python paper_table.py                  # dry run: the digits in a classifier's features, minutes
     python paper_table.py ddpm-ema-bedroom-256 --reference bedroom --features inception.pt
     python paper_table.py ddpm-cifar10-32 --reference cifar10-32x32.npz --features inception.pt
+    python paper_table.py edm-cifar10-32x32-cond-vp.pkl --reference ... --features inception.pt
 
 50,000 samples for each cell of {solver} x {EDM, log-SNR grid} x {5, 6, 8, 10, 20 evaluations} x
-{plain, the default rule, the paper's}, from a folder of diffusers (`load_diffusers`; a network that
-knows classes is asked for all in turn). Reference and features as in fid.py; latents need a
-`module:function` that decodes them first. A finished cell is written to the --output at once and
-not computed again by a run that goes on. Everything streams: no image is kept.
+{plain, the default rule, the paper's}, from a folder of diffusers (`load_diffusers`) or a file of
+EDM, guided-diffusion or consistency models (`load_edm`); a network that knows classes is asked for
+all in turn. Reference and features as in fid.py; latents need a `module:function` that decodes them
+first. A finished cell is written to the --output at once and not computed again by a run that goes
+on. Everything streams: no image is kept.
 """
 
 import argparse
@@ -38,6 +40,9 @@ CORRECTIONS = {
 }
 
 
+CLASSES = ("num_class_embeds", "num_embeds_ada_norm", "label_dim")  # what networks call them
+
+
 def steps_of(solver: str, evaluations: int) -> int:
     """As many as the evaluations allow; Heun takes two a step, and one in the last to 0."""
     return (evaluations + 1) // 2 if solver == "Heun" else evaluations
@@ -46,10 +51,20 @@ def steps_of(solver: str, evaluations: int) -> int:
 def checkpoint(options: argparse.Namespace) -> tuple[sd.Denoiser, tuple[int, ...], dict]:
     """Denoiser of the samples, shape of one, and the ends of the noise levels that it knows."""
     from steindiff_jax.interop.checkpoints import load_diffusers
+    from steindiff_jax.interop.edm import load_edm
 
-    found = load_diffusers(options.checkpoint)
+    if Path(options.checkpoint).is_dir():
+        found = load_diffusers(options.checkpoint)
+    else:
+        found = load_edm(
+            options.checkpoint,
+            noise_schedule=options.noise_schedule,
+            num_head_channels=options.num_head_channels,
+            use_new_attention_order=options.use_new_attention_order,
+        )
     module, betas = found.module, getattr(found.schedule, "betas", None)
-    classes = getattr(module, "num_class_embeds", None) or getattr(module, "num_embeds_ada_norm", 0)
+    counts = [getattr(module, name, None) for name in CLASSES]
+    classes = next((count for count in counts if count), 0)
     cond = {"class_labels": np.arange(options.samples) % classes} if classes else {}
     denoiser = sd.from_linen(**found._asdict(), cond=cond)
     ends = {"sigma_min": options.sigma_min, "sigma_max": options.sigma_max}
@@ -61,9 +76,9 @@ def checkpoint(options: argparse.Namespace) -> tuple[sd.Denoiser, tuple[int, ...
     return sd.StaticThreshold(denoiser) if options.clip else denoiser, event, ends
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", nargs="?", help="folder; none: the digits")
+    parser.add_argument("checkpoint", nargs="?", help="folder or file; none: the digits")
     parser.add_argument("--reference", help="folder, or .npz of mu and sigma")
     parser.add_argument("--features", help="file.pt, folder of transformers, module:function")
     parser.add_argument("--size", type=int, default=32, help="pixels along a side")
@@ -72,10 +87,17 @@ def main() -> None:
     parser.add_argument("--clip", action="store_true", help="x0 to [-1, 1], as DDPM's pipelines do")
     parser.add_argument("--sigma-min", type=float)
     parser.add_argument("--sigma-max", type=float)
+    parser.add_argument("--noise-schedule", default="linear", help="these three: see load_edm")
+    parser.add_argument("--num-head-channels", type=int, default=64)
+    parser.add_argument("--use-new-attention-order", action="store_true")
     parser.add_argument("--solvers", nargs="+", choices=SOLVERS, default=[*SOLVERS])
     parser.add_argument("--evaluations", nargs="+", type=int, default=EVALUATIONS)
     parser.add_argument("--output", type=Path, help="default here, named by what is sampled")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     options.samples = options.samples or (50_000 if options.checkpoint else 1_000)
     name = f"paper_table-{Path(options.checkpoint or 'digits').name}-{options.samples}.csv"
     output = options.output or Path(__file__).with_name(name)
@@ -86,7 +108,7 @@ def main() -> None:
         denoiser = digits.load(np.arange(options.samples) % 10)
     else:
         if not (options.reference and options.features):
-            parser.error("a checkpoint needs --reference and --features")
+            parser().error("a checkpoint needs --reference and --features")
         denoiser, event, ends = checkpoint(options)
         features = fid.load_features(options.features)
         reference = fid.load_reference(options.reference, features)

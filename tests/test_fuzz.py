@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 import steindiff_jax as sd
 from steindiff_jax import diagnostics
-from steindiff_jax.interop import checkpoints
+from steindiff_jax.interop import checkpoints, edm
 from steindiff_jax.interop import diffrax as interop
 
 KEY = jax.random.key(0)
@@ -740,6 +740,9 @@ ELSEWHERE = {
         "a class to derive one's own from: test_purity.py",
     ),
     "load_diffusers": "reads files: test_checkpoints.py",
+    "load_edm": "reads files: test_edm.py",
+    "ADM": "what a file says: test_edm.py",
+    "LogSigma": "the schedule of a file: test_edm.py",
     "Betas": "what a file says: test_checkpoints.py",
     "fit": "minutes of descent: test_fitting.py",
     "gits_sigmas": "a long solve: test_fitting.py",
@@ -750,7 +753,7 @@ ELSEWHERE = {
 def public():
     """Classes and functions, without those that only hold or describe values."""
     things = {name: thing for name, thing in vars(sd).items() if callable(thing)}
-    for module in (diagnostics, interop, checkpoints):
+    for module in (diagnostics, interop, checkpoints, edm):
         for name, thing in vars(module).items():
             if callable(thing) and getattr(thing, "__module__", "") == module.__name__:
                 things[name] = thing

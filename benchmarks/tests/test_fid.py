@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import test_edm
 from closed_forms import mixture, normal, run
 from numpy.testing import assert_allclose, assert_array_equal
 from PIL import Image
@@ -141,6 +142,20 @@ def test_evaluations_of_the_table(name):
         sigmas = jnp.pad(sd.karras_sigmas(k), (0, 20 - k))  # one program for all
         solution = run(mixture(), sigmas, paper_table.SOLVERS[name], normal(2, 2))
         assert solution.info.nfe == evaluations - (name == "Heun" and evaluations % 2 == 0)
+
+
+def test_paper_table_takes_a_snapshot(tmp_path):
+    """The network asked for class 1 and 2 of its three, and what EDM's code returned."""
+    name = test_edm.SMALLEST
+    file, shape = test_edm.write(tmp_path, name), (*test_edm.peer.inputs().shape[1:],)
+    others = ["--reference", "-", "--features", "-", "--size", "8", "--samples", "3"]
+    options = paper_table.parser().parse_args([str(file), *others])
+    denoiser, event, ends = paper_table.checkpoint(options)
+    assert (event, ends) == (shape, {})
+    sigma = test_edm.configuration(name)["sigmas"][1]
+    x = test_edm.peer.inputs() * np.hypot(1, np.float32(sigma))
+    found = test_edm.evaluate(denoiser.rows(lambda rows: rows[1:]), x, np.float32(sigma))
+    assert_allclose(found, test_edm.reference()[f"{name}/outputs"][1], rtol=0, atol=1e-5)
 
 
 @pytest.mark.slow

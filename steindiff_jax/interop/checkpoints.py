@@ -14,14 +14,11 @@ import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from flax.traverse_util import unflatten_dict
 from jax import Array
 from safetensors import SafetensorError, safe_open
 
-from steindiff_jax.interop import _json
+from steindiff_jax.interop import _json, _weights
 from steindiff_jax.interop.networks import DiT, UNet2D
 from steindiff_jax.interop.schedulers import betas_schedule
 from steindiff_jax.protocols import Schedule
@@ -66,7 +63,7 @@ def load_diffusers(path: str | Path) -> Checkpoint:
     folder, scheduler = _layout(Path(path))
     config = folder / "config.json"
     module = _network(config)
-    variables = _variables(module, config, _weights(folder))
+    variables = _variables(module, config, _files(folder))
     schedule, prediction = _schedule(scheduler) if scheduler else (None, None)
     return Checkpoint(module, variables, schedule, prediction)
 
@@ -88,7 +85,7 @@ def _layout(path: Path) -> tuple[Path, Path | None]:
     return folder, next((place for place in places if place.is_file()), None)
 
 
-def _weights(folder: Path) -> list[Path]:
+def _files(folder: Path) -> list[Path]:
     single = folder / f"{WEIGHTS}.safetensors"
     files = [single] if single.is_file() else sorted(folder.glob(f"{WEIGHTS}-*-of-*.safetensors"))
     if files:
@@ -205,9 +202,8 @@ def _variables(module: UNet2D | DiT, config: Path, files: list[Path]) -> dict[st
         layers = module.num_layers if isinstance(module, DiT) else module.layers_per_block
         if layers > len(found):  # or one number in the JSON could keep a machine busy for days
             raise ValueError(f"{config}: {layers} layers, but the weights are {len(found)} arrays")
-        expected = _expected(module, config)
-        _same("missing", expected.keys() - found.keys(), files)
-        _same("not in the network of config.json", found.keys() - expected.keys(), files)
+        expected = _weights.expected(module, config)
+        _weights.check_names(expected, found, files[0].parent)
         return {
             "params": unflatten_dict(
                 {path: _array(*found[key], path, shape) for key, (path, shape) in expected.items()}
@@ -217,38 +213,12 @@ def _variables(module: UNet2D | DiT, config: Path, files: list[Path]) -> dict[st
         raise ValueError(f"{files[0].parent}: damaged safetensors: {error}") from error
 
 
-def _same(what: str, keys: set[str], files: list[Path]) -> None:
-    if keys:
-        some = sorted(keys)[:4]
-        raise ValueError(f"{files[0].parent}: {len(keys)} arrays {what}, such as {some}")
-
-
-def _expected(module: UNet2D | DiT, config: Path) -> dict[str, tuple[tuple, tuple]]:
-    """Name in the file -> path and shape in the variables."""
-    try:
-        shapes = jax.eval_shape(module.init, jax.random.key(0), *module.example())["params"]
-    except (ValueError, TypeError, OverflowError, ZeroDivisionError) as error:
-        raise ValueError(f"{config}: no network can be built from it: {error}") from error
-
-    def name(path: tuple[str, ...]) -> str:
-        leaf = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
-        return ".".join((*path[:-1], leaf.get(path[-1], path[-1])))
-
-    paths = {tuple(k.key for k in path): leaf for path, leaf in jax.tree.leaves_with_path(shapes)}
-    return {name(path): (path, leaf.shape) for path, leaf in paths.items()}
-
-
 def _array(handle: Any, key: str, path: tuple[str, ...], shape: tuple[int, ...]) -> Array:
-    """One parameter, (out, in, ...) in the file and (..., in, out) in Flax."""
-    piece = handle.get_slice(key)
-    is_kernel = path[-1] == "kernel"
-    stored = (*shape[:-3:-1], *shape[:-2]) if is_kernel else shape
+    """One parameter, whose shape is known to be right before it is read."""
+    piece, stored = handle.get_slice(key), _weights.stored_shape(path, shape)
     if tuple(piece.get_shape()) != stored or piece.get_dtype() not in FLOATING:
         raise ValueError(
             f"{key} must be floating point of shape {stored}, got {piece.get_dtype()} "
             f"{tuple(piece.get_shape())}"
         )
-    array = handle.get_tensor(key)
-    if not np.isfinite(array).all():
-        raise ValueError(f"{key} has values that are not finite")
-    return jnp.asarray(np.moveaxis(array, (0, 1), (-1, -2)) if is_kernel else array)
+    return _weights.parameter(handle.get_tensor(key), key, path)

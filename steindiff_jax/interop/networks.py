@@ -1,8 +1,9 @@
-"""The networks of public checkpoints in Flax: a U-Net and a diffusion transformer (DiT).
+"""The networks of public checkpoints in Flax: two U-Nets and a diffusion transformer (DiT).
 
-Fields are the keys of a diffusers `config.json`, with its defaults, and their annotations are what
-`load_diffusers` accepts. A parameter's path joined by dots is its name in a diffusers checkpoint.
-Images are (batch, height, width, channels). Both networks are for inference: no dropout.
+Fields of `UNet2D` and `DiT` are the keys of a diffusers `config.json`, with its defaults, and their
+annotations are what `load_diffusers` accepts. A parameter's path joined by dots is its name in a
+diffusers checkpoint. `SongUNet` is the one of `load_edm`. Images are (batch, height, width,
+channels). All networks are for inference: no dropout.
 """
 
 import math
@@ -258,6 +259,101 @@ class UNet2D(nn.Module):
         return emb + nn.Embed(classes, features, name="class_embedding")(labels)
 
 
+class SongUNet(nn.Module):
+    """The U-Net of score_sde, DDPM++ or NCSN++, as the snapshots of Karras et al. configure it.
+
+    Song et al. 2021, arXiv:2011.13456, appendix H: blocks of BigGAN, sums divided by sqrt(2), and
+    in NCSN++ Fourier features of the time, the filter (1, 3, 3, 1) and a residual pyramid of the
+    input. With the choices of Karras et al. 2022, arXiv:2206.00364, table 7.
+
+    Call: x (batch, height, width, in_channels), each side a multiple of 2^(levels - 1); t (batch,);
+    class_labels (batch,) where label_dim is a number, of which any outside [0, label_dim) is no
+    class. Returns an array like x. img_resolution names the weights and places the attention.
+    """
+
+    img_resolution: int
+    in_channels: int = 3
+    out_channels: int = 3
+    label_dim: int | None = None
+    model_channels: int = 128
+    channel_mult: tuple[int, ...] = (1, 2, 2, 2)
+    channel_mult_emb: int = 4
+    num_blocks: int = 4
+    attn_resolutions: tuple[int, ...] | None = (16,)
+    embedding_type: Literal["positional", "fourier"] = "positional"
+    channel_mult_noise: int = 1
+    encoder_type: Literal["standard", "residual"] = "standard"
+    decoder_type: Literal["standard"] = "standard"
+    resample_filter: tuple[Literal[1, 3], ...] = (1, 1)
+
+    def example(self) -> tuple[Array, Array, Array | None]:
+        """Arguments of a smallest call, as `init` takes them."""
+        side = 2 ** (len(self.channel_mult) - 1)
+        labels = None if self.label_dim is None else jnp.zeros(1, int)
+        return jnp.zeros((1, side, side, self.in_channels)), jnp.ones(1), labels
+
+    @nn.compact
+    def __call__(self, x: Batch, t: Rows, class_labels: Array | None = None) -> Batch:
+        levels = len(self.channel_mult)
+        _check_size(x, 2 ** (levels - 1), self.in_channels)
+        if self.img_resolution >> (levels - 1) < 1:
+            raise ValueError(f"img_resolution={self.img_resolution} halved {levels - 1} times is 0")
+        if self.resample_filter not in ((1, 1), (1, 3, 3, 1)):
+            raise ValueError(f"resample_filter must be 1 1 or 1 3 3 1, got {self.resample_filter}")
+        is_fir = len(self.resample_filter) == 4
+        narrow, widen = (fir_halve, fir_double) if is_fir else (halve, double)
+        emb = self._embed(t, class_labels)
+        at = [f"{self.img_resolution >> i}x{self.img_resolution >> i}" for i in range(levels)]
+        attends = [self.img_resolution >> i in (self.attn_resolutions or ()) for i in range(levels)]
+
+        h, image = _conv(x, self.model_channels, f"enc.{at[0]}_conv"), x
+        kept = [h]
+        for i, size in enumerate(at):
+            if i:
+                h = _block(h, emb, h.shape[-1], f"enc.{size}_down", resample=narrow, shortcut=True)
+                if self.encoder_type == "residual":
+                    # Zeros around as wide as both filters reach, so that these may change places.
+                    image = _conv(
+                        image, h.shape[-1], f"enc.{size}_aux_residual", padding=1 + is_fir
+                    )
+                    h = image = (h + (_fir_halve_valid if is_fir else halve)(image)) / SQRT2
+                kept.append(h)
+            for j in range(self.num_blocks):
+                features, name = self.model_channels * self.channel_mult[i], f"{size}_block{j}"
+                h = _block(h, emb, features, f"enc.{name}", attends[i])
+                kept.append(h)
+
+        h = _block(h, emb, h.shape[-1], f"dec.{at[-1]}_in0", attend=True)
+        h = _block(h, emb, h.shape[-1], f"dec.{at[-1]}_in1")
+        for i, size in reversed(list(enumerate(at))):
+            if i + 1 < levels:
+                h = _block(h, emb, h.shape[-1], f"dec.{size}_up", resample=widen, shortcut=True)
+            for j in range(self.num_blocks + 1):
+                h = jnp.concatenate([h, kept.pop()], axis=-1)
+                features, name = self.model_channels * self.channel_mult[i], f"{size}_block{j}"
+                h = _block(h, emb, features, f"dec.{name}", attends[i] and j == self.num_blocks)
+        h = nn.silu(_group_norm(h, None, 1e-6, f"dec.{at[0]}_aux_norm"))
+        return _without_variance(_conv(h, self.out_channels, f"dec.{at[0]}_aux_conv"), x)
+
+    def _embed(self, t: Array, class_labels: Array | None) -> Array:
+        """Time and class, (batch, features)."""
+        width = self.model_channels * self.channel_mult_noise
+        features = self.model_channels * self.channel_mult_emb
+        if self.embedding_type == "positional":
+            emb = sinusoids(t, width, cosine_first=False)
+        else:
+            freqs = self.param("map_noise.freqs", nn.initializers.normal(16.0), (width // 2,))
+            angles = t[:, None] * freqs[None] * (2 * math.pi)
+            emb = jnp.concatenate([jnp.sin(angles), jnp.cos(angles)], axis=-1)
+        if self.label_dim is not None:
+            hot = jax.nn.one_hot(_labels(class_labels), self.label_dim, dtype=emb.dtype)
+            emb = emb + nn.Dense(width, name="map_label")(hot * math.sqrt(self.label_dim))
+        elif class_labels is not None:
+            raise ValueError("the network knows no classes: leave class_labels out")
+        emb = nn.silu(nn.Dense(features, name="map_layer0")(emb))
+        return nn.Dense(features, name="map_layer1")(emb)
+
+
 class DiT(nn.Module):
     """Diffusion transformer with adaLN-Zero, as diffusers' `DiTTransformer2DModel` configures it.
 
@@ -447,6 +543,21 @@ def _fir(h: Array, gain: float, **options: Any) -> Array:
     kernel = jnp.tile(gain * jnp.outer(taps, taps)[:, :, None, None], channels)
     options |= {"dimension_numbers": ("NHWC", "HWIO", "NHWC"), "feature_group_count": channels}
     return lax.conv_general_dilated(h, kernel, **options)
+
+
+def _fir_halve_valid(h: Array) -> Array:
+    return _fir(h, 1.0, window_strides=(2, 2), padding="VALID")
+
+
+def _block(
+    h: Array, emb: Array, features: int, name: str, attend: bool = False, **options: Any
+) -> Array:
+    """What `SongUNet` is made of: a residual block, perhaps with attention after it."""
+    h = Resnet(features, eps=1e-6, rescale=SQRT2, name=name, **options)(h, emb)
+    if not attend:
+        return h
+    attention = Attention(1, features, _groups(h, None), 1e-6, name=f"{name}.attention")
+    return (h + attention(h)) / SQRT2
 
 
 def _conv(h: Array, features: int, name: str, stride: int = 1, padding: Any = 1) -> Array:

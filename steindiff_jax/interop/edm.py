@@ -1,0 +1,445 @@
+"""Networks of EDM and of guided-diffusion and consistency models, from their own files.
+
+    checkpoint = load_edm("edm-cifar10-32x32-uncond-vp.pkl")
+    denoiser = sd.from_linen(**checkpoint._asdict())
+    solution = sd.sample(key, denoiser, (16, 32, 32, 3), sigmas=sd.karras_sigmas(10))
+
+The files are pickles, which are read as data: nothing in them is imported or run, and torch is not
+needed. It needs the extra `checkpoints`. NVIDIA's weights are licensed CC BY-NC-SA.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import unflatten_dict
+from jax import Array
+
+from steindiff_jax import _checks, schedules
+from steindiff_jax._pytree import pytree
+from steindiff_jax.interop import _json, _pickle, _weights
+from steindiff_jax.interop.networks import SongUNet, UNet2D
+from steindiff_jax.protocols import Numeric, Schedule
+
+Arrays = dict[str, np.ndarray]
+
+
+class Snapshot(NamedTuple):
+    """A trained network, named as the arguments of `from_linen`."""
+
+    module: UNet2D | SongUNet
+    variables: dict[str, Any]
+    schedule: Schedule
+    prediction: str
+    sigma_data: Numeric = 0.5
+    time_scale: Numeric = 1.0
+
+
+@pytree
+class LogSigma(schedules.EDM):
+    """`EDM` for a network that is told log(sigma / 2), as score_sde's is for pixels in [-1, 1]."""
+
+    def sigma(self, t: Array) -> Array:
+        return 2 * jnp.exp(t)
+
+    def time(self, ratio: Array) -> Array:
+        return jnp.log(ratio / 2)
+
+    def at(self, ratio: Array) -> tuple[Array, Array, Array]:
+        return self.time(ratio), jnp.ones_like(ratio), ratio
+
+
+def load_edm(
+    path: str | Path,
+    *,
+    noise_schedule: str = "linear",
+    num_head_channels: int = 64,
+    use_new_attention_order: bool = False,
+) -> Snapshot:
+    """The network of a snapshot of EDM (.pkl), of guided-diffusion or consistency models (.pt).
+
+    A snapshot (Karras et al. 2022, arXiv:2206.00364) says all: its network is DDPM++, NCSN++ or
+    ADM, its preconditioning EDM's, VP's, VE's or iDDPM's, and what counts is its moving average,
+    `ema`. A .pt has weights alone. The structure follows from these; the rest are flags as in
+    guided-diffusion's README (Dhariwal & Nichol 2021, arXiv:2105.05233). Weights of consistency
+    models (Song et al. 2023, arXiv:2303.01469) are known by their attention and use no flags:
+    those of edm_*.pt denoise; those of cd_*.pt and ct_*.pt map x to data, for one step of `DDIM`.
+
+    Args:
+      path: the file.
+      noise_schedule: of guided-diffusion, "linear" or "cosine"; this for ImageNet at 64 pixels.
+      num_head_channels: features of an attention head, for a .pt.
+      use_new_attention_order: of guided-diffusion: True for ImageNet at 64 pixels.
+
+    Returns:
+      `Snapshot`, with arrays in the dtype of the file. Images are (batch, height, width, channels)
+      in [-1, 1]; a network that knows classes takes cond={"class_labels": ...} of shape (batch,).
+      An iDDPM network is told its step as a float; EDM's code rounds it.
+
+    Raises:
+      ValueError: no file, one that is damaged or names what no network needs (nothing in it is
+        run), a class or a key that is not supported, a wrong flag, weights that are not those of
+        the configuration, not floating point or not finite.
+    """
+    file = Path(path)
+    found = _pickle.load(file)
+    ema = found.get("ema") if type(found) is dict else None
+    if type(ema) is _pickle.Node:
+        return _snapshot(ema, file)
+    if type(found) is not dict or any(type(v) is not _pickle.Tensor for v in found.values()):
+        raise ValueError(f"{file} holds neither a snapshot's 'ema' nor arrays alone")
+    if noise_schedule not in ("linear", "cosine"):
+        raise ValueError(f"noise_schedule must be 'linear' or 'cosine', got {noise_schedule!r}")
+    _checks.count("num_head_channels", num_head_channels)
+    arrays = {key: tensor.array() for key, tensor in found.items()}
+    return _guided(arrays, file, noise_schedule, num_head_channels, use_new_attention_order)
+
+
+# --- Snapshots of EDM ----------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ADM:
+    """What a snapshot says about an ADM network, by the names and defaults there."""
+
+    img_resolution: int
+    in_channels: int = 3
+    out_channels: int = 3
+    label_dim: int | None = None
+    model_channels: int = 192
+    channel_mult: tuple[int, ...] = (1, 2, 3, 4)
+    channel_mult_emb: int = 4
+    num_blocks: int = 3
+    attn_resolutions: tuple[int, ...] | None = (32, 16, 8)
+
+    def module(self) -> UNet2D:
+        """The network, which is diffusers' with other names."""
+        sizes = [self.img_resolution >> i for i in range(len(self.channel_mult))]
+        return _adm(
+            [self.model_channels * mult for mult in self.channel_mult],
+            [size in (self.attn_resolutions or ()) for size in sizes],
+            in_channels=self.in_channels,
+            out_channels=self.out_channels,
+            layers_per_block=self.num_blocks,
+            attention_head_dim=64,
+            time_embedding_dim=self.model_channels * self.channel_mult_emb,
+            num_class_embeds=self.label_dim,
+            norm_num_groups=None,
+            attn_norm_num_groups=min(self.model_channels * self.channel_mult[-1] // 4, 32),
+            resnet_time_scale_shift="scale_shift",
+        )
+
+    def place(self, side: str, i: int, kind: str, j: int) -> str:
+        """The block of a snapshot that is one of diffusers'."""
+        sizes = _sizes(self)
+        if side == "mid":
+            return f"dec.{sizes[-1]}_in{j}"
+        if kind == "downsamplers":
+            return f"enc.{sizes[i + 1]}_down"
+        if kind == "upsamplers":
+            return f"dec.{sizes[-2 - i]}_up"
+        return f"enc.{sizes[i]}_block{j}" if side == "down" else f"dec.{sizes[-1 - i]}_block{j}"
+
+
+CONFIGURATIONS = {"SongUNet": SongUNet, "DhariwalUNet": ADM}
+IGNORED = {"dropout", "label_dropout", "augment_dim"}  # keys that change nothing at inference
+
+
+def _snapshot(ema: _pickle.Node, file: Path) -> Snapshot:
+    modules = _field(ema.state, "_modules", dict, file)
+    model = _field(modules, "model", _pickle.Node, file)
+    config = _configuration(model, file)
+    arrays = {
+        key: array
+        for key, array in _arrays(model, file).items()
+        if not (key.endswith(".resample_filter") or key.startswith("map_augment."))
+    }
+    if config.num_blocks > len(arrays):  # or one number could keep a machine busy for days
+        raise ValueError(f"{file}: {config.num_blocks} blocks, but {len(arrays)} arrays")
+    if isinstance(config, ADM):
+        top = EDM_TOP | {"conv_in": f"enc.{_sizes(config)[0]}_conv"}
+        rename = partial(_rename_adm, top=top, layers=EDM_LAYERS, place=config.place)
+        module, last = config.module(), "out_conv"
+        if "map_label.weight" in arrays:  # a matrix there, a table in ours
+            arrays["map_label.weight"] = arrays["map_label.weight"].T
+    else:
+        module, rename, last = config, _rename_song, f"dec.{_sizes(config)[0]}_aux_conv"
+    if ema.name == "VEPrecond":  # D = x + sigma F: the network predicts -F
+        arrays |= {k: -array for k, array in arrays.items() if k.startswith(f"{last}.")}
+    # Query, key and value of a feature lie side by side.
+    parts = {key: w.reshape(-1, 3, *w.shape[1:]).swapaxes(0, 1) for key, w in _attention(arrays)}
+    variables = _variables(module, arrays, parts, rename, file)
+    return Snapshot(module, variables, **_preconditioning(ema, file))
+
+
+def _configuration(model: _pickle.Node, file: Path) -> SongUNet | ADM:
+    """The arguments that made the network, with the defaults of its class."""
+    if model.name not in CONFIGURATIONS:
+        raise ValueError(
+            f"{file}: the network must be one of {[*CONFIGURATIONS]}, got {model.name!r}"
+        )
+    options = _field(model.state, "_init_kwargs", dict, file)
+    for key, value in options.items():
+        values = value if type(value) in (list, tuple) else [value]
+        if len(values) > 64 or any(type(v) not in (int, float, str, bool) for v in values):
+            raise ValueError(f"{file}: key {key[:80]!r} must be a few numbers, or text")
+    options = {key: None if value in (0, [], ()) else value for key, value in options.items()}
+    known = _json.known(CONFIGURATIONS[model.name], options, file)
+    if extra := sorted(options.keys() - known.keys() - IGNORED):
+        raise ValueError(f"{file}: key {extra[0][:80]!r} is not supported")
+    try:
+        return CONFIGURATIONS[model.name](**known)
+    except TypeError as error:
+        raise ValueError(f"{file}: the network's configuration is incomplete: {error}") from error
+
+
+def _sizes(config: SongUNet | ADM) -> list[str]:
+    """Of each level, as they are written in names."""
+    sides = [config.img_resolution >> i for i in range(len(config.channel_mult))]
+    return [f"{side}x{side}" for side in sides]
+
+
+def _rename_song(name: str) -> str:
+    """The name in a snapshot of an array of `SongUNet`."""
+    match = re.fullmatch(r"((?:enc|dec)\.\w+)(?:\.attention)?\.(.+)\.(\w+)", name)
+    return f"{match[1]}.{EDM_LAYERS[match[2]]}.{match[3]}" if match else name
+
+
+def _preconditioning(ema: _pickle.Node, file: Path) -> dict[str, Any]:
+    """Karras et al. 2022, arXiv:2206.00364, table 1, as arguments of `from_linen`."""
+
+    def number(key: str, low: float, high: float) -> float:
+        value = ema.state.get(key)
+        if type(value) not in (int, float) or not low <= value <= high:
+            raise ValueError(f"{file}: {key!r} must be a number from {low} to {high}")
+        return float(value)
+
+    match ema.name:
+        case "EDMPrecond":
+            sigma_data = number("sigma_data", 1e-6, 1e6)
+            return {"schedule": schedules.EDM(), "prediction": "edm", "sigma_data": sigma_data}
+        case "VEPrecond":
+            return {"schedule": LogSigma(), "prediction": "epsilon"}
+        case "VPPrecond":
+            low = number("beta_min", 1e-6, 1e3)
+            schedule = schedules.VPLinear(low, low + number("beta_d", 0.0, 1e3))
+            scale = number("M", 2.0, 1e6) - 1
+            return {"schedule": schedule, "prediction": "epsilon", "time_scale": scale}
+        case "iDDPMPrecond":
+            number("C_2", 0.008, 0.008)
+            steps, share = int(number("M", 1.0, 1e5)), number("C_1", 1e-9, 0.5)
+            schedule = schedules.Discrete.cosine(steps, 1 - share)
+            return {"schedule": schedule, "prediction": "epsilon"}
+    known = ["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"]
+    raise ValueError(f"{file}: the preconditioning must be one of {known}, got {ema.name!r}")
+
+
+def _field(state: Any, key: str, kind: type, file: Path) -> Any:
+    value = state.get(key) if type(state) is dict else None
+    if type(value) is not kind:
+        raise ValueError(f"{file} is no snapshot: it has no {key!r}")
+    return value
+
+
+def _arrays(model: _pickle.Node, file: Path) -> Arrays:
+    """Parameters and buffers by their paths; a module that is there twice is an error."""
+    found, seen, rest = {}, set(), [("", model)]
+    while rest:
+        prefix, node = rest.pop()
+        if type(node) is not _pickle.Node or id(node) in seen or len(prefix) > 200:
+            raise ValueError(f"{file}: {prefix[:80]!r} is no module of its own")
+        seen.add(id(node))
+        for kind in ("_parameters", "_buffers"):
+            for key, value in _field(node.state, kind, dict, file).items():
+                if type(value) is _pickle.Tensor:
+                    found[f"{prefix}{key}"] = value.array()
+        modules = _field(node.state, "_modules", dict, file)
+        rest += [(f"{prefix}{key}.", child) for key, child in modules.items()]
+    return found
+
+
+# --- Weights alone -------------------------------------------------------------------------------
+
+
+def _guided(
+    arrays: Arrays, file: Path, noise_schedule: str, head: int, new_order: bool
+) -> Snapshot:
+    """A network of guided-diffusion; its arrays say how many there are of everything."""
+
+    def shape(key: str, rank: int) -> tuple[int, ...]:
+        if key not in arrays or arrays[key].ndim < rank:
+            raise ValueError(f"{file} has no {key!r}: it is no U-Net of guided-diffusion")
+        return arrays[key].shape
+
+    def attends(block: str) -> bool:
+        return f"{block}.1.qkv.weight" in arrays
+
+    # The first of the output's blocks with a part after its resnet and attention ends a level.
+    blocks = {match[1] for key in arrays if (match := re.match(r"(output_blocks\.\d{1,3})\.", key))}
+    parts = {".".join(key.split(".")[:3]) for key in arrays}
+    ups = [f"output_blocks.{k}.{1 + attends(f'output_blocks.{k}')}" for k in range(len(blocks))]
+    goes_up = [up in parts for up in ups]
+    n = goes_up.index(True) + 1 if True in goes_up else max(len(blocks), 1)
+    levels = len(blocks) // n
+    firsts = [f"input_blocks.{1 + i * n}" for i in range(max(levels, 1))]
+    features = [shape(f"{block}.0.out_layers.3.weight", 4)[0] for block in firsts]
+    (emb,) = shape("input_blocks.1.0.emb_layers.1.bias", 1)
+    if shape("input_blocks.0.0.weight", 4)[1] != 3 or not 1 <= head <= features[-1]:
+        raise ValueError(f"{file}: images must have 3 channels, num_head_channels={head} must fit")
+    module = _adm(
+        features,
+        [attends(block) for block in firsts],
+        f"input_blocks.{n}.0.op.weight" not in arrays,
+        out_channels=shape("out.2.weight", 4)[0],
+        layers_per_block=n - 1,
+        attention_head_dim=head,
+        time_embedding_dim=shape("time_embed.0.weight", 2)[0],
+        num_class_embeds=shape("label_emb.weight", 2)[0] if "label_emb.weight" in arrays else None,
+        norm_num_groups=32,
+        attn_norm_num_groups=32,
+        resnet_time_scale_shift="scale_shift" if emb == 2 * features[0] else "default",
+    )
+
+    def place(side: str, i: int, kind: str, j: int) -> str:
+        if kind == "upsamplers":
+            return ups[i * n + n - 1]
+        k = {"down": 1 + i * n, "mid": 0, "up": i * n}[side]
+        if kind == "downsamplers":
+            return f"input_blocks.{k + n - 1}.0"
+        if side == "mid":
+            return f"middle_block.{1 if kind == 'attentions' else 2 * j}"
+        side = {"down": "input_blocks", "up": "output_blocks"}[side]
+        return f"{side}.{k + j}.{int(kind == 'attentions')}"
+
+    is_consistency = len(shape("middle_block.1.qkv.weight", 3)) == 4  # of images, not of sequences
+    together = is_consistency or new_order  # all queries, all keys, all values; or so in each head
+
+    def split(w: np.ndarray) -> np.ndarray:
+        w = w.reshape(1 if together else -1, 3, w.shape[0] // 3 if together else head, *w.shape[1:])
+        return w.swapaxes(0, 1).reshape(3, -1, *w.shape[3:])
+
+    qkv = {key: split(w) for key, w in _attention(arrays)}
+    rename = partial(_rename_adm, top=OPENAI, layers=OPENAI_LAYERS, place=place)
+    variables = _variables(module, arrays, qkv, rename, file)
+    if is_consistency:  # it is told 1000 log(sigma) / 4
+        return Snapshot(module, variables, schedules.EDM(), "edm", time_scale=1000.0)
+    schedule = getattr(schedules.Discrete, noise_schedule)(1000)
+    return Snapshot(module, variables, schedule, "epsilon")
+
+
+# --- Both ----------------------------------------------------------------------------------------
+
+# Names of layers: ours, then those of the files.
+EDM_TOP = {
+    "time_embedding.linear_1": "map_layer0",
+    "time_embedding.linear_2": "map_layer1",
+    "class_embedding": "map_label",
+    "conv_norm_out": "out_norm",
+    "conv_out": "out_conv",
+}
+EDM_LAYERS = {
+    "norm1": "norm0",
+    "conv1": "conv0",
+    "time_emb_proj": "affine",
+    "norm2": "norm1",
+    "conv2": "conv1",
+    "conv_shortcut": "skip",
+    "group_norm": "norm2",
+    "to_q": "qkv",
+    "to_k": "qkv",
+    "to_v": "qkv",
+    "to_out.0": "proj",
+}
+OPENAI = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "class_embedding": "label_emb",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+OPENAI_LAYERS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+    "group_norm": "norm",
+    "to_q": "qkv",
+    "to_k": "qkv",
+    "to_v": "qkv",
+    "to_out.0": "proj_out",
+    "downsamplers.conv": "op",
+    "upsamplers.conv": "conv",
+}
+
+
+def _adm(
+    features: list[int], attends: list[bool], resampled: bool = True, **options: Any
+) -> UNet2D:
+    """ADM (Dhariwal & Nichol 2021, arXiv:2105.05233), as diffusers' `UNet2DModel` has it."""
+    plain = "Resnet{}sampleBlock2D" if resampled else "{}Block2D"
+    kinds = ["Attn{}Block2D" if attend else plain for attend in attends]
+    return UNet2D(
+        block_out_channels=tuple(features),
+        down_block_types=tuple(kind.format("Down") for kind in kinds),  # pyright: ignore
+        up_block_types=tuple(kind.format("Up") for kind in kinds[::-1]),  # pyright: ignore
+        downsample_type="resnet" if resampled else "conv",
+        upsample_type="resnet" if resampled else "conv",
+        **options,
+    )
+
+
+def _rename_adm(
+    name: str,
+    top: dict[str, str],
+    layers: dict[str, str],
+    place: Callable[[str, int, str, int], str],
+) -> str:
+    """The name in a file of an array of `UNet2D`; place names the block that holds it."""
+    layer, _, leaf = name.rpartition(".")
+    match = re.fullmatch(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(\w+)\.(\d+)\.(.+)", layer)
+    if not match:
+        return f"{top[layer]}.{leaf}"
+    side, i, kind, j, layer = match.groups()
+    layer = layers[f"{kind}.conv" if layer == "conv" else layer]
+    return f"{place(side, int(i or 0), kind, int(j))}.{layer}.{leaf}"
+
+
+def _attention(arrays: Arrays) -> list[tuple[str, np.ndarray]]:
+    return [(key, array) for key, array in arrays.items() if key.split(".")[-2:-1] == ["qkv"]]
+
+
+def _variables(
+    module: UNet2D | SongUNet,
+    arrays: Arrays,
+    parts: dict[str, np.ndarray],
+    rename: Callable[[str], str],
+    file: Path,
+) -> dict[str, Any]:
+    """Parameters by their paths; parts are query, key and value, of what the file has as one."""
+    if sum(array.nbytes for array in arrays.values()) > file.stat().st_size:
+        raise ValueError(f"{file}: its arrays are larger than the file, as some share their bytes")
+    expected = _weights.expected(module, file)
+    names = {name: rename(name) for name in expected}
+    _weights.check_names(dict.fromkeys(names.values()), arrays, file)
+    found = {}
+    for name, (path, shape) in expected.items():
+        key, stored = names[name], _weights.stored_shape(path, shape)
+        which = [f".to_{c}." in name for c in "qkv"]
+        array = parts[key][which.index(True)] if any(which) else arrays[key]
+        if array.shape[len(stored) :] in ((1,), (1, 1)):  # a convolution over one pixel
+            array = array.reshape(array.shape[: len(stored)])
+        if array.shape != stored or not jnp.issubdtype(array.dtype, jnp.floating):
+            raise ValueError(
+                f"{file}: {key} must be floating point of shape {stored}, got {array.dtype} "
+                f"{array.shape}"
+            )
+        found[path] = _weights.parameter(array, key, path)
+    return {"params": unflatten_dict(found)}
