@@ -228,20 +228,21 @@ def only_first_order(solver, **parts):
 
 
 def group(name: str) -> str:
-    if name in problems.NETWORKS:
-        return "network"
-    event = problems.HALVES["tune"][name]().event
-    if len(event) < 2:
-        return "vectors"
-    return "small images" if np.prod(event) <= SMALL else "images"
+    kind = problems.kind("tune", name)
+    small = kind == "images" and np.prod(problems.HALVES["tune"][name]().event) <= SMALL
+    return "small images" if small else kind
 
 
 def main() -> None:
     output = Path(__file__).parent / "results" / "alternatives.json"
     parser = sweep.options(__doc__, "tune", SOLVERS, PROBLEMS, seeds=2, n=200, steps=(4, 6, 10))
     parser.add_argument("--output", type=Path, default=output)
+    parser.add_argument("--read", type=Path, nargs="*", help="results of earlier runs")
     arguments = parser.parse_args()
-    runs = sweep.sweep_all("tune", arguments, variants)
+    if arguments.read is None:
+        runs = sweep.sweep_all("tune", arguments, variants)
+    else:
+        runs = {run: d for path in arguments.read for run, d in sweep.read(path).items()}
     sweep.write(runs, arguments.output)
     results = sweep.Results(runs)
     groups = {}

@@ -519,6 +519,13 @@ NETWORKS = TUNE_NETWORKS | REPORT_NETWORKS
 HALVES = {"tune": TUNE | TUNE_NETWORKS, "report": REPORT | REPORT_NETWORKS}
 
 
+def kind(half: str, name: str) -> str:
+    """Of networks, of images with an exact denoiser, or of vectors."""
+    if name in NETWORKS:
+        return "networks"
+    return "images" if len(HALVES[half][name]().event) > 1 else "vectors"
+
+
 def build(half: str, name: str, batch: int) -> Problem:
     """FileNotFoundError if its data or weights are missing."""
     make = HALVES[half][name]

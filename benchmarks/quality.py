@@ -6,17 +6,20 @@ problems are those of `problems.HALVES["report"]`, which no rule was tuned on; d
 of `metrics.Distance`, and "both" is the geometric mean of those in pixels and with bands scaled.
 Ratios corrected / plain are geometric means, with 95% intervals over the seeds. Losses are printed
 first. Writes results/quality.json, of every run, and results/quality.png; --read prints and draws
-from such files alone.
+from such files alone. --exact adds what exact draws of the law, as many, would reach: the floor.
 """
 
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 
 import metrics
+import problems
 import sweep
 
 WORST = 10
+EXACT = "exact draws"
 
 
 def show(results: sweep.Results) -> None:
@@ -41,22 +44,41 @@ def show(results: sweep.Results) -> None:
         rows = [[p, *row(results, m, problem=p)] for p in results.problems]
         rows.append(["**all**", *(f"**{cell}**" for cell in row(results, m))])
         print(metrics.table(["", *results.solvers, "best / best"], rows))
-    steps = sorted(set(results.columns["steps"].tolist()))
-    print("\n### By steps, both, corrected / plain\n")
-    rows = [
-        [
-            s,
-            *(
-                sweep.shown((results.ratio("both", solver=s, steps=k)[0], float("nan")))
-                for k in steps
-            ),
-        ]
-        for s in results.solvers
-    ]
+    groups = {}
+    for p in results.problems:
+        groups.setdefault(problems.kind("report", p), []).append(p)
+    for kind, names in groups.items():
+        by_steps(results, kind, names)
+
+
+def by_steps(results: sweep.Results, kind: str, names: list[str]) -> None:
+    steps = sorted(set(results.columns["steps"][results.chosen(problem=names)].tolist()))
+    print(f"\n### {kind}, by steps, both, corrected / plain\n")
+    rows = []
+    for s in results.solvers:
+        every = [results.ratio("both", solver=s, steps=k, problem=names)[0] for k in steps]
+        rows.append([s, *("" if np.isnan(r) else f"{r:.2f}" for r in every)])
     for m in ("both", "pixels", "bands"):
-        best = [sweep.shown(results.best_ratio(m, steps=k)) for k in steps]
+        best = [sweep.shown(results.best_ratio(m, steps=k, problem=names)) for k in steps]
         rows.append([f"best / best, {m}", *best])
+    if EXACT in results.corrections and kind != "networks":
+        best = [
+            sweep.shown(results.best_ratio("both", EXACT, steps=k, problem=names)) for k in steps
+        ]
+        rows.append([f"{EXACT} / best plain, both", *best])
     print(metrics.table(["", *(f"{k} steps" for k in steps)], rows))
+
+
+def exact_draws(runs: dict, n: int) -> dict:
+    """The distance of n other draws of the law, what a perfect sampler reaches, beside each run."""
+    found = {}
+    for p, seed in sorted({(run.problem, run.seed) for run in runs}):
+        if p not in problems.NETWORKS:
+            with sweep.prepared("report", p, n) as distances:
+                draws = distances.problem.denoiser.draw(1000 + seed, n)
+                found[p, seed] = distances(draws, seed)
+    every = [run for run in runs if run.correction == "plain" and (run.problem, run.seed) in found]
+    return {run._replace(correction=EXACT): found[run.problem, run.seed] for run in every}
 
 
 def row(results: sweep.Results, measure: str, **where) -> list[str]:
@@ -89,12 +111,15 @@ def main() -> None:
     parser = sweep.options(__doc__, "report")
     parser.add_argument("--output", type=Path, default=here / "results" / "quality.json")
     parser.add_argument("--read", type=Path, nargs="*", help="results of earlier runs")
+    parser.add_argument("--exact", action="store_true", help="also what exact draws would reach")
     arguments = parser.parse_args()
     if arguments.read is None:
         runs = sweep.sweep_all("report", arguments, sweep.CORRECTIONS)
         sweep.write(runs, arguments.output)
     else:
         runs = {run: d for path in arguments.read for run, d in sweep.read(path).items()}
+    if arguments.exact:
+        runs |= exact_draws(runs, arguments.samples)
     results = sweep.Results(runs)
     show(results)
     plot(results, arguments.output.with_suffix(".png"))
