@@ -1,6 +1,7 @@
 """The experiment of the paper's table: FID against evaluations, plain and corrected.
 
     python paper_table.py                  # dry run: the digits in a classifier's features, minutes
+    python paper_table.py --images ../../shared/data  # the same of the network of small photographs
     python paper_table.py ddpm-ema-bedroom-256 --reference bedroom --features inception.pt
     python paper_table.py ddpm-cifar10-32 --reference cifar10-32x32.npz --features inception.pt
     python paper_table.py edm-cifar10-32x32-cond-vp.pkl --reference ... --features inception.pt
@@ -76,9 +77,20 @@ def checkpoint(options: argparse.Namespace) -> tuple[sd.Denoiser, tuple[int, ...
     return sd.StaticThreshold(denoiser) if options.clip else denoiser, event, ends
 
 
+def dry_run(options: argparse.Namespace) -> tuple:
+    """Labels -> denoiser, features, and the data, of the digits or of small photographs."""
+    if not options.images:
+        return digits.load, fid.digits_classifier(), digits.images()[0]
+    import images
+    import images_classifier
+
+    return images.load, images_classifier.features, images.images(options.images, "test")[0]
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", nargs="?", help="folder or file; none: the digits")
+    parser.add_argument("--images", type=Path, help="CIFAR-10, for a dry run on examples/images.py")
     parser.add_argument("--reference", help="folder, or .npz of mu and sigma")
     parser.add_argument("--features", help="file.pt, folder of transformers, module:function")
     parser.add_argument("--size", type=int, default=32, help="pixels along a side")
@@ -99,13 +111,14 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     options = parser().parse_args()
     options.samples = options.samples or (50_000 if options.checkpoint else 1_000)
-    name = f"paper_table-{Path(options.checkpoint or 'digits').name}-{options.samples}.csv"
+    dry = "images" if options.images else "digits"
+    name = f"paper_table-{Path(options.checkpoint or dry).name}-{options.samples}.csv"
     output = options.output or Path(__file__).with_name(name)
     if options.checkpoint is None:
-        print("dry run: features of a classifier of these digits; no published FID compares")
-        features, scans = fid.digits_classifier(), digits.images()[0]
-        reference, event, ends = fid.statistics([scans], features), scans.shape[1:], {}
-        denoiser = digits.load(np.arange(options.samples) % 10)
+        print("dry run: features of a small classifier; no published FID compares")
+        load, features, data = dry_run(options)
+        reference, event, ends = fid.statistics([data], features), data.shape[1:], {}
+        denoiser = load(np.arange(options.samples) % 10)
     else:
         if not (options.reference and options.features):
             parser().error("a checkpoint needs --reference and --features")
