@@ -1,7 +1,7 @@
 """Train the U-Net of `images.py`: 16x16 on two processor cores (an hour or two) or 32x32 on a GPU.
 
     python examples/train_images.py ../shared/data
-    python examples/train_images.py ../shared/data --batch 1024 --steps 54650  # on a GPU, as shipped
+    python examples/train_images.py ../shared/data --batch 1024 --steps 54650  # as shipped
     python examples/train_images.py ../shared/data --size 32 --batch 512 --steps 200000 --minutes 25
 
 A run that was stopped, or that reached its --minutes, goes on from its last checkpoint, with the
