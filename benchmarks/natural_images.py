@@ -89,9 +89,9 @@ def pictures(scale: float, steps: tuple[int, ...], path: Path) -> None:
 
     rows = {}
     for k in steps:
-        rows[f"iPNDM-3, {k} evaluations"] = draw(sd.IPNDM(3), k)
-        rows[f"corrected, {k} evaluations"] = draw(sd.Stein(sd.IPNDM(3)), k)
-    rows["2M, 40 evaluations"] = draw(sd.DPMpp2M(), 40)
+        rows[f"DPM-Solver++(2M), {k} evaluations"] = draw(sd.DPMpp2M(), k)
+        rows[f"the same corrected, {k} evaluations"] = draw(sd.Stein(sd.DPMpp2M()), k)
+    rows["DPM-Solver++(2M), 40 evaluations"] = draw(sd.DPMpp2M(), 40)
     figure, axes = plt.subplots(len(rows), 1, figsize=(8, len(rows)), layout="constrained")
     for axis, (name, row) in zip(axes, rows.items(), strict=True):
         axis.imshow(row, interpolation="nearest")
@@ -227,7 +227,7 @@ def main() -> None:
     for scale in a.guidance:
         scores[f"{scale:g}"] = measure(scale, a)
         write(scores, a.output)
-    pictures(0.0, (3, 5), a.output.with_suffix(".png"))
+    pictures(0.0, (3, 5, 8), a.output.with_suffix(".png"))
     show(scores, seconds())
 
 
