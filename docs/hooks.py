@@ -11,7 +11,8 @@ from posixpath import dirname, join, normpath, relpath
 import griffe
 from mkdocs.structure.files import File
 
-BENCHMARKS = [f"benchmarks/{where}*.{kind}" for where in ("", "peers/") for kind in ("md", "png")]
+PLACES = ("", "peers/", "results/")
+BENCHMARKS = [f"benchmarks/{where}*.{kind}" for where in PLACES for kind in ("md", "png")]
 BESIDE = ("*.md", *BENCHMARKS, "examples/*.png", "examples/*.py")
 FIELDS = ("static", "number")  # of `pytree`
 LINK = re.compile(r"(?<=\]\()(\.\./|docs/)[^)#\s]+")
