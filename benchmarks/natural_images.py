@@ -144,6 +144,11 @@ class Table:
         name = min(found, key=lambda solver: found[solver].mean())
         return found[name], name
 
+    def ratio(self, scale: str, steps: int) -> str:
+        """Best corrected over best plain, with its interval."""
+        corrected, plain = (self.best(scale, c, steps)[0] for c in ("corrected", "plain"))
+        return sweep.shown(sweep.interval(list(np.log(corrected / plain))))
+
 
 def show(scores: dict[str, dict], times: tuple[float, float] | None) -> None:
     runs = {run: score for found in scores.values() for run, score in found["runs"].items()}
@@ -160,13 +165,15 @@ def show(scores: dict[str, dict], times: tuple[float, float] | None) -> None:
         rows = []
         for p, found in scores.items():
             floor = np.mean([getattr(score, measure) for score in found["floor"]])
+            done = {cell[3] for cell in table.cells if cell[0] == p}  # of this scale's run
             for s in dict.fromkeys(cell[1] for cell in table.cells):
                 for c in ("plain", "corrected"):
-                    cells = [table.cells[p, s, c, k] for k in steps]
-                    rows.append([p, f"{s}, {c}", *(f"{v.mean():.3f}" for v in cells), ""])
-            best = [(table.best(p, "corrected", k), table.best(p, "plain", k)) for k in steps]
-            ratios = [sweep.interval(list(np.log(a / b))) for (a, _), (b, _) in best]
-            rows.append([p, "best / best", *map(sweep.shown, ratios), f"{floor:.3f}"])
+                    means = [table.cells[p, s, c, k].mean() if k in done else None for k in steps]
+                    rows.append(
+                        [p, f"{s}, {c}", *("" if v is None else f"{v:.3f}" for v in means), ""]
+                    )
+            ratios = [table.ratio(p, k) if k in done else "" for k in steps]
+            rows.append([p, "best / best", *ratios, f"{floor:.3f}"])
         print("\n" + metrics.table(["guidance", "", *map(str, steps), "floor"], rows))
         further(table, scores)
     if times:
