@@ -120,7 +120,7 @@ ADDITIVE = sd.PosteriorLength(gamma_max=1.0)  # for a delta too short, the Gauss
 class LengthOnly(sd.PosteriorLength):
     """gamma = g throughout: the solver's own direction alone.
 
-    g is read off `ADDITIVE`, whose drift is (1 - 1/g) eta where g > 1, and eta where delta = 0.
+    g is read off `ADDITIVE`, whose drift is (1 - 1/g) eta' where g > 1, and eta' where delta = 0.
     """
 
     def coefficients(self, moments, *arguments):
@@ -227,12 +227,6 @@ def only_first_order(solver, **parts):
     return sd.Stein(solver, **parts) if isinstance(solver, sd.DDIM) else solver
 
 
-def group(name: str) -> str:
-    kind = problems.kind("tune", name)
-    small = kind == "images" and np.prod(problems.HALVES["tune"][name]().event) <= SMALL
-    return "small images" if small else kind
-
-
 def main() -> None:
     output = Path(__file__).parent / "results" / "alternatives.json"
     parser = sweep.options(__doc__, "tune", SOLVERS, PROBLEMS, seeds=2, n=200, steps=(4, 6, 10))
@@ -246,8 +240,11 @@ def main() -> None:
     sweep.write(runs, arguments.output)
     results = sweep.Results(runs)
     groups = {}
+    small = {run.problem for run in runs if run.correction == "trace: exact"}
     for name in results.problems:
-        groups.setdefault(group(name), []).append(name)
+        kind = problems.kind(name)
+        kind = "small images" if kind == "images" and name in small else kind
+        groups.setdefault(kind, []).append(name)
     solvers = {"DDIM": ["DDIM"], "others": [s for s in results.solvers if s != "DDIM"]}
     rows = []
     for variant in results.corrections[1:]:

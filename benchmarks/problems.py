@@ -11,9 +11,8 @@ import hashlib
 import io
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -187,17 +186,22 @@ def patches(components: int = 12, size: int = 6, seed: int = 0) -> Mixture:
     return fitted(f"grey-{components}-{size}-{seed}", data, components)
 
 
-def colour_patches(components: int, size: int, first: int, seed: int = 0) -> Mixture:
-    """Full covariances, fitted to one patch of each of 10,000 CIFAR-10 images from `first` on."""
+def photographs(choose: Callable[[np.ndarray], Iterable[int]]) -> Iterator[Any]:
+    """Training images of CIFAR-10, pillow's, by their numbers; chosen by the labels of all."""
     from PIL import Image
 
+    with np.load(DATA / "cifar10_jpeg_train.npz") as file:
+        jpeg, offsets, labels = file["jpeg"].tobytes(), file["offsets"], file["labels"]
+    for i in choose(labels):
+        yield Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]])).convert("RGB")
+
+
+def colour_patches(components: int, size: int, first: int, seed: int = 0) -> Mixture:
+    """Full covariances, fitted to one patch of each of 10,000 CIFAR-10 images from `first` on."""
+
     def data() -> np.ndarray:
-        rng = np.random.default_rng(seed)
-        with np.load(DATA / "cifar10_jpeg_train.npz") as file:
-            jpeg, offsets = file["jpeg"].tobytes(), file["offsets"][first : first + 10_001]
-        found = []
-        for a, b in pairwise(offsets):
-            image = np.asarray(Image.open(io.BytesIO(jpeg[a:b])).convert("RGB"))
+        rng, found = np.random.default_rng(seed), []
+        for image in map(np.asarray, photographs(lambda _: range(first, first + 10_000))):
             i, j = rng.integers(0, 33 - size, 2)
             found.append(image[i : i + size, j : j + size])
         return np.stack(found)
@@ -212,16 +216,12 @@ def thumbnails(
 
     The variances along all but their first `rank` axes are one, the mean of them.
     """
-    from PIL import Image
 
     def data(label: int) -> np.ndarray:
-        with np.load(DATA / "cifar10_jpeg_train.npz") as file:
-            jpeg, offsets, labels = file["jpeg"].tobytes(), file["offsets"], file["labels"]
-        found = []
-        for i in np.flatnonzero(labels == label):
-            image = Image.open(io.BytesIO(jpeg[offsets[i] : offsets[i + 1]])).convert("RGB")
-            found.append(np.asarray(image.resize((size, size), Image.Resampling.BOX)))
-        return np.stack(found)
+        from PIL.Image import Resampling
+
+        found = photographs(lambda labels: np.flatnonzero(labels == label))
+        return np.stack([np.asarray(i.resize((size, size), Resampling.BOX)) for i in found])
 
     each = [
         fitted(f"class-{label}-{components}-{size}", partial(data, label), components)
@@ -360,7 +360,7 @@ def low_rank(
 
 
 # Halves of each family, fixed before any rule was tuned: TUNE to develop on, REPORT to quote.
-TUNE = {
+TUNE_VECTORS = {
     "ring": ring,
     "clumps": clumps,
     "grid": grid,
@@ -370,12 +370,14 @@ TUNE = {
     "anisotropic": lambda: low_rank(6, d=32, rank=16, anisotropy=30.0, distance=0.2, seed=1),
     "offset": lambda: low_rank(12, d=24, rank=3, width=0.2, offset=2.0, seed=2),
     "digits": digits,
+}
+TUNE_IMAGES = {
     "spectrum k^-2, 8x8x1": lambda: power_law(2.0, 8, channels=1),
     "spectrum k^-2.5, 12x12x3": lambda: power_law(2.5, 12),
     "grey patches 6x6": patches,
     "colour patches 8x8": lambda: colour_patches(8, 8, first=0),
 }
-REPORT = {
+REPORT_VECTORS = {
     "clumps": lambda: clumps(40, d=100, std=0.05, seed=11),
     "few clumps": lambda: clumps(3, d=8, std=0.15, seed=12),
     "grid": lambda: grid(7, d=6, spacing=0.3, std=0.02),
@@ -384,6 +386,8 @@ REPORT = {
     "gaussian": lambda: low_rank(1, d=1000, rank=30, anisotropy=5.0, seed=15),
     "anisotropic": lambda: low_rank(4, d=64, rank=32, anisotropy=50.0, distance=0.1, seed=16),
     "offset": lambda: low_rank(20, d=30, rank=4, width=0.3, offset=1.5, seed=17),
+}
+REPORT_IMAGES = {
     "spectrum k^-1, 16x16x3": lambda: power_law(1.0, 16, angle=1.1, chroma=0.1),
     "spectrum k^-2, 16x16x3": lambda: power_law(2.0, 16, angle=1.1, chroma=0.05),
     "spectrum k^-3, 16x16x3": lambda: power_law(3.0, 16, angle=0.2, aspect=2.0, chroma=0.1),
@@ -391,6 +395,7 @@ REPORT = {
     "grey patches 8x8": lambda: patches(10, size=8, seed=1),
     "colour patches 6x6": lambda: colour_patches(6, 6, first=25_000, seed=1),
 }
+TUNE, REPORT = TUNE_VECTORS | TUNE_IMAGES, REPORT_VECTORS | REPORT_IMAGES
 
 
 class Problem(NamedTuple):
@@ -519,11 +524,11 @@ NETWORKS = TUNE_NETWORKS | REPORT_NETWORKS
 HALVES = {"tune": TUNE | TUNE_NETWORKS, "report": REPORT | REPORT_NETWORKS}
 
 
-def kind(half: str, name: str) -> str:
-    """Of networks, of images with an exact denoiser, or of vectors."""
+def kind(name: str) -> str:
+    """Of networks, of images with an exact denoiser, or of vectors; nothing is built for it."""
     if name in NETWORKS:
         return "networks"
-    return "images" if len(HALVES[half][name]().event) > 1 else "vectors"
+    return "images" if name in TUNE_IMAGES | REPORT_IMAGES else "vectors"
 
 
 def build(half: str, name: str, batch: int) -> Problem:

@@ -46,7 +46,7 @@ def show(results: sweep.Results) -> None:
         print(metrics.table(["", *results.solvers, "best / best"], rows))
     groups = {}
     for p in results.problems:
-        groups.setdefault(problems.kind("report", p), []).append(p)
+        groups.setdefault(problems.kind(p), []).append(p)
     for kind, names in groups.items():
         by_steps(results, kind, names)
 
@@ -71,10 +71,12 @@ def by_steps(results: sweep.Results, kind: str, names: list[str]) -> None:
 
 def exact_draws(runs: dict, n: int) -> dict:
     """The distance of n other draws of the law, what a perfect sampler reaches, beside each run."""
-    found = {}
-    for p, seed in sorted({(run.problem, run.seed) for run in runs}):
-        if p not in problems.NETWORKS:
-            with sweep.prepared("report", p, n) as distances:
+    seeds, found = {}, {}
+    for run in runs:
+        seeds.setdefault(run.problem, set()).add(run.seed)
+    for p in seeds.keys() - problems.NETWORKS.keys():
+        with sweep.prepared("report", p, n) as distances:
+            for seed in seeds[p]:
                 draws = distances.problem.denoiser.draw(1000 + seed, n)
                 found[p, seed] = distances(draws, seed)
     every = [run for run in runs if run.correction == "plain" and (run.problem, run.seed) in found]

@@ -10,6 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import metrics
+import problems
 import sweep
 from peers import compare
 from peers.compare import Row
@@ -46,9 +47,7 @@ NOT_RUN = (
 
 
 def family(problem: str, guidance: float) -> str:
-    images = "spectrum" in problem or "patches" in problem
-    kind = "networks" if problem in compare.NETWORKS else "images" if images else "vectors"
-    return kind + (", guided" if guidance > 1 else "")
+    return problems.kind(problem) + (", guided" if guidance > 1 else "")
 
 
 MEASURES = {
