@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+import numpy as np
+
 
 class Payload:
     """Unpickled, it leaves a file behind."""
@@ -29,3 +31,23 @@ def damaged(rng, file, whole):
         whole[:at] + rng.bytes(n) + whole[at:],
         whole[:at] + rng.bytes(n) + whole[at + n :],
     ][rng.integers(4)]
+
+
+def assert_damage_is_an_error(path, load, check, count):
+    """Of `count` damaged versions of a file, each passes `check` or is a ValueError that names it.
+
+    More than half must be errors.
+    """
+    whole, rng, refused = path.read_bytes(), np.random.default_rng(0), 0
+    for _ in range(count):
+        path.write_bytes(damaged(rng, path, whole))
+        try:
+            loaded = load(path)
+        except ValueError as error:
+            message = str(error)
+            refused += 1
+        else:
+            message = str(path)
+            check(loaded)
+        assert str(path) in message
+    assert refused > count // 2

@@ -136,6 +136,17 @@ def edm(folder):
         yield f"edm {name}", config, outputs
 
 
+def openai(script_util, more):
+    """A network of theirs with our weights: its options, shapes and labels, and their sampler."""
+    import torch
+
+    options = script_util.model_and_diffusion_defaults() | OPENAI | more
+    module, diffusion = script_util.create_model_and_diffusion(**options)
+    shapes = fill(module)
+    labels = {"y": torch.from_numpy(LABELS)} if options["class_cond"] else {}
+    return options, module, diffusion, shapes, labels
+
+
 def guided_diffusion(folder):
     import torch
 
@@ -143,10 +154,7 @@ def guided_diffusion(folder):
     from guided_diffusion import script_util
 
     for name, more in GUIDED.items():
-        options = script_util.model_and_diffusion_defaults() | OPENAI | more
-        module, diffusion = script_util.create_model_and_diffusion(**options)
-        shapes = fill(module)
-        labels = {"y": torch.from_numpy(LABELS)} if options["class_cond"] else {}
+        options, module, diffusion, shapes, labels = openai(script_util, more)
         outputs, ratios = [], []
         for t in (100, 400):
             alpha = diffusion.alphas_cumprod[t] ** 0.5
@@ -189,10 +197,7 @@ def consistency_models(folder):
     from cm import script_util
 
     for name, more in CONSISTENCY.items():
-        options = script_util.model_and_diffusion_defaults() | OPENAI | more
-        module, diffusion = script_util.create_model_and_diffusion(**options)
-        shapes = fill(module)
-        labels = {"y": torch.from_numpy(LABELS)} if options["class_cond"] else {}
+        options, module, diffusion, shapes, labels = openai(script_util, more)
 
         def denoise(x, sigma, module=module, diffusion=diffusion, labels=labels):
             return diffusion.denoise(module, x, torch.full((2,), sigma), **labels)[1]
