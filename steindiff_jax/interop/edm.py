@@ -119,10 +119,9 @@ class ADM:
 
     def module(self) -> UNet2D:
         """The network, which is diffusers' with other names."""
-        sizes = [self.img_resolution >> i for i in range(len(self.channel_mult))]
         return _adm(
             [self.model_channels * mult for mult in self.channel_mult],
-            [size in (self.attn_resolutions or ()) for size in sizes],
+            [side in (self.attn_resolutions or ()) for side in _sides(self)],
             in_channels=self.in_channels,
             out_channels=self.out_channels,
             layers_per_block=self.num_blocks,
@@ -198,10 +197,14 @@ def _configuration(model: _pickle.Node, file: Path) -> SongUNet | ADM:
         raise ValueError(f"{file}: the network's configuration is incomplete: {error}") from error
 
 
+def _sides(config: SongUNet | ADM) -> list[int]:
+    """Of the images at each level."""
+    return [config.img_resolution >> i for i in range(len(config.channel_mult))]
+
+
 def _sizes(config: SongUNet | ADM) -> list[str]:
-    """Of each level, as they are written in names."""
-    sides = [config.img_resolution >> i for i in range(len(config.channel_mult))]
-    return [f"{side}x{side}" for side in sides]
+    """The sides as they are written in names."""
+    return [f"{side}x{side}" for side in _sides(config)]
 
 
 def _rename_song(name: str) -> str:
