@@ -83,18 +83,18 @@ class PosteriorLength(Rule):
     that is too long is shortened. For one that is too short R^2, the share of D's variance that is
     linear, decides what makes up for it, its own direction or D - x:
 
-        delta <- gamma delta + (1 - gamma / g) eta' (D - x),   gamma = g if g < 1 else g^(1 - R^2).
+        delta <- gamma delta + (1 - gamma / g) eta (D - x),   gamma = g if g < 1 else g^(1 - R^2).
 
-    Along D - x lies most of what has no signal and needs no correction, so that eta' is not eta:
+    In a first step, and for a first-order solver, delta = 0 and D - x is all there is; but along it
+    lies most of what has no signal and needs no correction. There the factor is eta' = c eta(l'):
     with the eigenvalues of J in a band 0 or l' = 1 - (1 - a) l / a, which have the mean l and give
-    the slope a, eta' = c eta(l') makes delta as long as the exact one, c^2 being the part of
-    |D - x|^2 where J is l'. Where l = a, eta' = eta.
+    the slope a, eta' makes delta as long as the exact one, c^2 being the part of |D - x|^2 where J
+    is l'. Where l = a, eta' = eta.
 
-    Both are exact on Gaussian data, also where delta = 0: in a first step, for a first-order
-    solver. Of a delta that points away from delta* the share cos^2 is replaced by delta*. As steps
-    shrink nothing is changed: the evaluation after a step tells how far its delta was right, and g
-    becomes g^min(1, surprise / (1 - R^2)), with surprise the relative squared error of the previous
-    delta. So a solver keeps its order. This project's rule.
+    Both are exact on Gaussian data. Of a delta that points away from delta* the share cos^2 is
+    replaced by delta*. As steps shrink nothing is changed: the evaluation after a step tells how
+    far its delta was right, and g becomes g^min(1, surprise / (1 - R^2)), with surprise the
+    relative squared error of the previous delta. So a solver keeps its order. This project's rule.
 
     Attributes:
       gamma_max: gamma is at most this; the Gaussian step's direction makes up for the rest.
@@ -133,21 +133,22 @@ class PosteriorLength(Rule):
         m, q = moments, sigma_next / sigma
         j = jacobian(m, sizes, sigma)
         eta = gaussian(j.mean, q)
-        straight = jnp.sqrt(jnp.clip(j.within, SMALL, 1)) * gaussian(j.other, q)
+        alone = jnp.sqrt(jnp.clip(j.within, SMALL, 1)) * gaussian(j.other, q)
         square = divide((eta * sigma) ** 2 * m.noise, m.delta, 1 / SMALL)
         doubt = jnp.minimum(divide(m.surprise, m.confirmed * j.nonlinear, 1.0), 1)
         g = jnp.clip(square, SMALL, 1 / SMALL) ** (doubt / 2)
         gamma = jnp.minimum(jnp.where(g < 1, g, g**j.nonlinear), self.gamma_max)
-        drift = jnp.where(m.delta > 0, jnp.maximum(1 - gamma / g, 0), 1.0)
+        drift = jnp.maximum(1 - gamma / g, 0)
         # eta < 0, so that delta* points along e; a delta that points the other way is left out.
         wrong = divide(-m.along * jnp.abs(m.along), m.delta * m.noise, 0.0)
         wrong = doubt * jnp.clip(wrong, 0, 1)
         gamma, drift = (1 - wrong) * gamma, drift + wrong * (1 - drift)
+        drift = jnp.where(m.delta > 0, eta * drift, alone)
         # A step to 0 returns the denoiser's estimate, whatever the data.
         made = sigma_next > 0
         return Lengths(
             gamma=jnp.where(made & (m.delta > 0), gamma, 1.0),
-            drift=jnp.where(made, drift * straight, 0.0),
+            drift=jnp.where(made, drift, 0.0),
         )
 
     def delta(self, local: Local, coefficients: Lengths) -> Batch:
