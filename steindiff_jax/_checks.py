@@ -73,7 +73,7 @@ def shape(name: str, value: Any) -> tuple:
 
 def batch(name: str, x: ArrayLike, *, allow_empty: bool = False) -> Array:
     """Samples in float32 or wider, or a ValueError for anything but numbers (batch, *event)."""
-    x = jnp.asarray(x)
+    x = x if isinstance(x, Array) else jnp.asarray(x)  # which costs much, also where it is one
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
     if x.ndim < 1 or not (x.size or allow_empty):

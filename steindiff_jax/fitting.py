@@ -227,13 +227,13 @@ def fit(
     optimizer: Any = optax.adam(optax.cosine_decay_schedule(learning_rate, iterations))
 
     @jax.jit
-    def update(flat: Array, state: Any, data: Any, pair: tuple) -> tuple[Array, Any]:
+    def update(flat: Array, scale: Array, state: Any, data: Any, pair: tuple) -> tuple[Array, Any]:
         change, state = optimizer.update(scale * jax.grad(loss)(flat, data, pair), state)
         return flat + scale * change, state
 
     flat, state = origin, optimizer.init(origin)
     for i in (progress or iter)(list(range(iterations))):
-        flat, state = update(flat, state, data, seen[i % batches])
+        flat, state = update(flat, scale, state, data, seen[i % batches])
         if (i + 1) % batches == 0 or i + 1 == iterations:
             found = judged(flat)
             if found < best:

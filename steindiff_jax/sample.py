@@ -96,7 +96,9 @@ def sample(
         x_init = _checks.batch("x_init", x_init, allow_empty=True)
         if shape not in (None, x_init.shape):
             raise ValueError(f"x_init must have shape {shape}, got {x_init.shape}")
-        shape, sigmas = (), sigmas.astype(x_init.dtype)
+        shape = ()
+        if sigmas.dtype != x_init.dtype:
+            sigmas = sigmas.astype(x_init.dtype)
     padded = (
         not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(np.asarray(sigmas)[-2] == 0)
     )
