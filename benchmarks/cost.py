@@ -9,6 +9,7 @@ taken.
 """
 
 import argparse
+import dataclasses
 import subprocess
 import sys
 import time
@@ -24,6 +25,7 @@ import _path  # noqa: F401
 import digits
 import metrics
 import steindiff_jax as sd
+from precision import Rounded
 
 INNER = sd.DPMpp2M()
 ON_CPU = jax.default_backend() == "cpu"
@@ -110,14 +112,19 @@ class Program:
         )
 
 
-def programs(network, shape, steps):
-    """Name -> `Program`: the bare network, and the loop with every way to get gamma."""
+def programs(network, shape, steps, dtype):
+    """Name -> `Program`: the bare network, and the loop with every way to get gamma.
+
+    Weights and layers are of `dtype`, the state is of float32.
+    """
     key, sigmas = jax.random.key(0), sd.karras_sigmas(steps)
     x = sigmas[0] * jax.random.normal(key, shape)
-    variables = network.init(key, x, x[:, 0, 0, 0])
+    variables = jax.tree.map(lambda w: w.astype(dtype), network.init(key, x, x[:, 0, 0, 0]))
+    apply = Rounded(network.apply, dtype)
 
     def denoiser(variables):
-        return sd.from_linen(network, variables, schedule=sd.EDM(), prediction="edm")
+        found = sd.from_linen(network, variables, schedule=sd.EDM(), prediction="edm")
+        return dataclasses.replace(found, apply=apply)
 
     def loop(variables, x, sigmas, solver):
         return sd.sample(key, denoiser(variables), sigmas=sigmas, solver=solver, x_init=x).x
@@ -133,10 +140,11 @@ def programs(network, shape, steps):
             for how in ("jvp", "vjp", "secant")
         },
     }
-    bare = Program(network.apply, variables, x, x[:, 0, 0, 0], times=steps)
+    bare = Program(apply, variables, x, x[:, 0, 0, 0], times=steps)
     loops = {name: Program(loop, variables, x, sigmas, s) for name, s in solvers.items()}
     more = Program(loop, variables, x, sd.karras_sigmas(10 * steps), INNER)
-    return {"network": bare, **loops}, more.compile / loops["plain"].compile
+    weights = sum(w.size for w in jax.tree.leaves(variables))
+    return {"network": bare, **loops}, more.compile / loops["plain"].compile, weights
 
 
 def measure(programs, turns):
@@ -174,7 +182,9 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--steps", type=int, default=10)
+    parser.add_argument("--networks", nargs="*", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--widths", nargs="*", type=int, default=WIDTHS, help="of the networks")
+    parser.add_argument("--dtype", default="float32", help="of weights and layers")
     parser.add_argument("--tiny", action="store_true", help="to see that it runs")
     arguments = parser.parse_args()
     widths, turns, steps = arguments.widths, arguments.turns, arguments.steps
@@ -183,15 +193,18 @@ def main():
         widths, turns, steps, batch, pixels = (4,), 1, 2, 32, 4
     device = jax.devices()[0]
     rate, bandwidth = floors(256 if arguments.tiny else 2048 if ON_CPU else 8192)
-    print(f"{device.platform} {device.device_kind}, jax {jax.__version__}, float32, batch {batch}")
+    print(
+        f"{device.platform} {device.device_kind}, jax {jax.__version__}, {arguments.dtype}, batch {batch}"
+    )
     print(f"{rate / 1e9:.0f} GFLOP/s (matrix product), {bandwidth / 1e9:.1f} GB/s (copy)")
     seconds = import_times()
     others = {name: f"{seconds[name]:.2f}" for name in ("jax", "jaxtyping")}
     print(f"import steindiff_jax: {seconds['steindiff_jax']:.2f} s, of which {others}")
     rows = []
-    for kind, network in NETWORKS.items():
+    for kind in arguments.networks:
         for width in widths:
-            compiled, growth = programs(network(width), (batch, pixels, pixels, 3), steps)
+            network, shape = NETWORKS[kind](width), (batch, pixels, pixels, 3)
+            compiled, growth, weights = programs(network, shape, steps, arguments.dtype)
             costs = measure(compiled, turns)
             bare, plain = costs["network"], costs["plain"]
             for name, cost in costs.items():
@@ -212,7 +225,10 @@ def main():
                         f"{least / second:.2f}",
                     ]
                 )
-            print(f"{kind} {width}: {10 * steps} steps compile in {growth:.2f} of {steps} steps'")
+            print(
+                f"{kind} {width}, {weights / 1e6:.1f} million weights: "
+                f"{10 * steps} steps compile in {growth:.2f} of {steps} steps'"
+            )
     header = ["network", "gamma", "ms / step", "ms / sample", "/ network", "/ plain"]
     header += ["FLOPs / network", "bytes / network", "MiB", "compile s", "floor"]
     print(metrics.table(header, rows))

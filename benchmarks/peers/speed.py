@@ -49,12 +49,17 @@ def in_jax(case: str):
 def in_torch(case: str):
     import torch
 
-    x = torch.tensor(np.array(in_jax(case)[1]))
+    x = torch.tensor(np.array(in_jax(case)[1]), device=device())
     if case == "overhead":
         return lambda x, sigma: x / (1 + sigma**2), x
     from peers import twin
 
-    return twin.Denoiser(np.arange(len(x)) % 10), x
+    return twin.Denoiser(np.arange(len(x)) % 10).to(device()), x
+
+
+def device() -> str:
+    """Torch's name of what JAX runs on."""
+    return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
 def of_jax(case: str) -> dict[str, Callable[[], object]]:
@@ -128,7 +133,9 @@ def of_torch(case: str) -> dict[str, Callable[[], object]]:
 
     def without_gradients(solve):
         with torch.inference_mode():
-            return solve()
+            solve()
+            if device() == "cuda":
+                torch.cuda.synchronize()
 
     return {name: partial(without_gradients, solve) for name, solve in solves.items()}
 

@@ -129,6 +129,6 @@ class Denoiser(nn.Module):
 
     def forward(self, x, sigma):
         norm = math.hypot(sigma, digits.SIGMA_DATA)
-        t = torch.full((len(x),), math.log(sigma) / 4, dtype=x.dtype)
+        t = torch.full((len(x),), math.log(sigma) / 4, dtype=x.dtype, device=x.device)
         raw = self.network(x.reshape(-1, 1, 8, 8) / norm, t, self.label).reshape(x.shape)
         return (digits.SIGMA_DATA / norm) ** 2 * x + sigma * digits.SIGMA_DATA / norm * raw
