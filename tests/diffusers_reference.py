@@ -46,6 +46,13 @@ NCSNPP = {
     "time_embedding_type": "fourier",
     "center_input_sample": True,
 }
+STABLE = {  # Stable Diffusion: what its three kinds have in common
+    **SMALL,
+    "block_out_channels": (8, 16),
+    "cross_attention_dim": 12,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}
 
 # Class, keys of its configuration, height and width of the input.
 CONFIGS = {
@@ -155,6 +162,33 @@ CONFIGS = {
         },
         (12, 12),
     ),
+    "stable diffusion 1": ("UNet2DConditionModel", {**STABLE, "attention_head_dim": 2}, (4, 8)),
+    "stable diffusion 2": (
+        "UNet2DConditionModel",
+        {
+            **STABLE,
+            "layers_per_block": 2,
+            "attention_head_dim": (1, 4),
+            "use_linear_projection": True,
+            "upcast_attention": True,
+        },
+        (8, 4),
+    ),
+    "stable diffusion xl": (
+        "UNet2DConditionModel",
+        {
+            **STABLE,
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": (1, 2),
+            "transformer_layers_per_block": (1, 2),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8,
+            "projection_class_embeddings_input_dim": 10 + 6 * 8,
+        },
+        (4, 4),
+    ),
 }
 
 SCHEDULES = {
@@ -173,8 +207,10 @@ SCHEDULES = {
 TRAJECTORIES = {
     "learned variance": {"beta_end": 0.002},
     "DiT-XL-2": {"beta_schedule": "squaredcos_cap_v2", "prediction_type": "v_prediction"},
+    "stable diffusion xl": {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"},
 }
 DDIM_STEPS = 8
+GUIDANCE = 3.0
 
 
 def draw(name, shape):
@@ -186,10 +222,12 @@ def draw(name, shape):
 
 
 def inputs(config, size):
-    """The x (2, height, width, channels), t (2,) and labels of one call."""
+    """The x (2, height, width, channels), t (2,) and labels, or text, of one call."""
     rng = np.random.default_rng(0)
     x = np.float32(rng.standard_normal((2, *size, config["in_channels"])))
     t = np.array([0.75, 30.0] if config.get("time_embedding_type") == "fourier" else [999.0, 3.0])
+    if "cross_attention_dim" in config:
+        return x, np.float32(t), *text(config, rng)
     if config.get("class_embed_type") == "identity":
         labels = np.float32(rng.standard_normal((2, config["time_embedding_dim"])))
     elif config.get("class_embed_type") == "timestep":
@@ -198,6 +236,28 @@ def inputs(config, size):
         classes = config.get("num_class_embeds") or config.get("num_embeds_ada_norm")
         labels = classes and np.array([7, 0 if "num_class_embeds" in config else classes])
     return x, np.float32(t), labels
+
+
+def text(config, rng):
+    """Embeddings of two texts, (2, tokens, width), and for XL pooled ones and the time ids."""
+    sequence = np.float32(rng.standard_normal((2, 5, config["cross_attention_dim"])))
+    if config["addition_embed_type"] is None:
+        return (sequence,)
+    ids = np.float32([[1024, 1024, 0, 0, 1024, 1024], [512, 768, 16, 8, 1024, 768]])
+    width = config["projection_class_embeddings_input_dim"]
+    width -= ids.shape[1] * config["addition_time_embed_dim"]
+    return sequence, np.float32(rng.standard_normal((2, width))), ids
+
+
+def start(config):
+    """The x (2, 8, 8, channels) of a trajectory and its conditions: the second is for guidance."""
+    rng = np.random.default_rng(1)
+    x = np.float32(rng.standard_normal((2, 8, 8, config["in_channels"])))
+    if "cross_attention_dim" in config:
+        sequence, *added = text(config, rng)
+        null = (0 * sequence, *(0 * pooled for pooled in added[:1]), *added[1:])
+        return x, (sequence, *added), null
+    return x, ((np.array([1, 2]),) if "num_embeds_ada_norm" in config else ())
 
 
 # --- With diffusers ------------------------------------------------------------------------------
@@ -215,14 +275,19 @@ def build(name):
     return module
 
 
-def call(module, x, t, labels):
+def call(module, x, t, *cond):
     """The torch module on NHWC arrays of numpy, without its learned variance."""
     import torch
 
     t = torch.from_numpy(t)
     t = t.long() if module.config.get("time_embedding_type") == "learned" else t
-    labels = None if labels is None else torch.from_numpy(labels)
-    y = module(torch.from_numpy(x).permute(0, 3, 1, 2), t, class_labels=labels).sample
+    cond = [None if c is None else torch.from_numpy(c) for c in cond]
+    if "cross_attention_dim" in module.config:
+        added = dict(zip(("text_embeds", "time_ids"), cond[1:], strict=False))
+        options = {"encoder_hidden_states": cond[0], "added_cond_kwargs": added}
+    else:
+        options = {"class_labels": cond[0] if cond else None}
+    y = module(torch.from_numpy(x).permute(0, 3, 1, 2), t, **options).sample
     return y[:, : x.shape[-1]].permute(0, 2, 3, 1).numpy()
 
 
@@ -233,13 +298,14 @@ def ddim(module, **options):
 
     scheduler = diffusers.DDIMScheduler(clip_sample=False, **options)
     scheduler.set_timesteps(DDIM_STEPS)
-    rng = np.random.default_rng(1)
-    x = np.float32(rng.standard_normal((2, 8, 8, module.config["in_channels"])))
+    x, *conds = start(module.config)
     states = [x]
-    labels = np.array([1, 2]) if "num_embeds_ada_norm" in module.config else None
     for t in scheduler.timesteps:
-        f = torch.from_numpy(call(module, x, np.full(2, float(t), np.float32), labels))
-        x = scheduler.step(f, t, torch.from_numpy(x)).prev_sample.numpy()
+        times = np.full(2, float(t), np.float32)
+        f, *others = [call(module, x, times, *cond) for cond in conds]
+        for other in others:
+            f = other + GUIDANCE * (f - other)
+        x = scheduler.step(torch.from_numpy(f), t, torch.from_numpy(x)).prev_sample.numpy()
         states.append(x)
     return np.stack(states), scheduler.timesteps.numpy()
 

@@ -1,6 +1,7 @@
 """Networks of diffusers: the same outputs, the same trajectories; files that are wrong say how."""
 
 import json
+import math
 import pickle
 from functools import cache, partial
 
@@ -16,9 +17,37 @@ from safetensors.numpy import load_file, save_file
 import steindiff_jax as sd
 from steindiff_jax.interop import _weights
 from steindiff_jax.interop.checkpoints import load_diffusers
+from steindiff_jax.interop.networks import UNet2DCondition
 
 SCHEDULER = "scheduler_config.json"
 SMALLEST = "class identity"
+# Parameters of the published networks, counted with diffusers.
+PUBLISHED = {
+    "stable diffusion 1": ({"cross_attention_dim": 768}, 859_520_964),
+    "stable diffusion 2": (
+        {
+            "cross_attention_dim": 1024,
+            "attention_head_dim": (5, 10, 20, 20),
+            "use_linear_projection": True,
+        },
+        865_910_724,
+    ),
+    "stable diffusion xl": (
+        {
+            "block_out_channels": (320, 640, 1280),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            "cross_attention_dim": 2048,
+            "attention_head_dim": (5, 10, 20),
+            "transformer_layers_per_block": (1, 2, 10),
+            "use_linear_projection": True,
+            "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 256,
+            "projection_class_embeddings_input_dim": 2816,
+        },
+        2_567_463_684,
+    ),
+}
 
 
 @cache
@@ -49,8 +78,8 @@ def write(folder, name, config=(), rename=lambda key: key, scheduler=None):
 
 # Without XLA's optimisations: compiled sooner, and each network runs once.
 @partial(jax.jit, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
-def evaluate(module, variables, x, t, labels):
-    return module.apply(variables, x, t, labels)
+def evaluate(module, variables, x, t, *cond):
+    return module.apply(variables, x, t, *cond)
 
 
 def output(name, folder):
@@ -96,7 +125,8 @@ def test_trajectory_is_that_of_diffusers(name, tmp_path):
     """DDIM of its scheduler: noise to sample through files, schedule, prediction and solver."""
     states, steps = reference()[f"{name}/ddim"], reference()[f"{name}/timesteps"]
     loaded = load_diffusers(write(tmp_path, name, scheduler=peer.TRAJECTORIES[name]))
-    check_trajectory(loaded, states, steps)
+    _, *conds = peer.start(configuration(name))
+    check_trajectory(loaded, states, steps, conds)
 
 
 def test_trajectory_is_that_of_a_pipeline_as_installed(tmp_path):
@@ -106,12 +136,18 @@ def test_trajectory_is_that_of_a_pipeline_as_installed(tmp_path):
     options = {"beta_schedule": "scaled_linear", "prediction_type": "v_prediction"}
     scheduler = diffusers.DDIMScheduler(clip_sample=False, **options)
     diffusers.DDIMPipeline(module, scheduler).save_pretrained(tmp_path)
-    check_trajectory(load_diffusers(tmp_path), *peer.ddim(module, **options))
+    check_trajectory(load_diffusers(tmp_path), *peer.ddim(module, **options), [()])
 
 
-def check_trajectory(loaded, states, steps):
-    cond = {"class_labels": np.array([1, 2])} if states.shape[-1] == 4 else {}  # the DiT's latents
-    denoiser = sd.from_linen(**loaded._asdict(), cond=cond)
+def check_trajectory(loaded, states, steps, conds):
+    is_text = isinstance(loaded.module, UNet2DCondition)
+    names = ("encoder_hidden_states", "text_embeds", "time_ids") if is_text else ("class_labels",)
+    denoiser, *others = [
+        sd.from_linen(**loaded._asdict(), cond=dict(zip(names, cond, strict=False)))
+        for cond in conds
+    ]
+    for other in others:
+        denoiser = sd.guided(denoiser, other, peer.GUIDANCE)
     sigmas = np.append(loaded.schedule.ratio(jnp.asarray(steps, jnp.float32)), np.float32(0))
     alphas = 1 / np.hypot(1, sigmas)[:, None, None, None, None]
     solution = sd.sample(
@@ -161,6 +197,23 @@ def test_half_precision(tmp_path):
         assert a.dtype == jnp.bfloat16
         assert_allclose(np.float32(a), b, rtol=2**-8)
     assert jax.eval_shape(module.apply, half, *arguments(SMALLEST)).dtype == jnp.float32
+
+
+def test_half_precision_throughout(tmp_path):
+    """Neither times nor texts in float32 bring what follows to it."""
+    module, variables, _, _ = load_diffusers(write(tmp_path, "stable diffusion xl"))
+    half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), variables)
+    x, *rest = arguments("stable diffusion xl")
+    assert jax.eval_shape(module.apply, half, x.astype(jnp.bfloat16), *rest).dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_sizes_of_published_networks(name, tmp_path):
+    """The defaults and the levels of the real ones, whose weights are not at hand."""
+    config, count = PUBLISHED[name]
+    shapes = _weights.expected(UNet2DCondition(**config), tmp_path).values()
+    assert sum(math.prod(shape) for _, shape in shapes) == count
 
 
 # --- Layouts and names ---------------------------------------------------------------------------
@@ -232,7 +285,7 @@ def test_transformer_2d_with_the_keys_of_dit(tmp_path):
 # --- Errors --------------------------------------------------------------------------------------
 
 UNSUPPORTED = {
-    "class": (SMALLEST, {"_class_name": "UNet2DConditionModel"}, "_class_name.*UNet2DCondition"),
+    "class": (SMALLEST, {"_class_name": "UNet3DConditionModel"}, "_class_name.*UNet3DCondition"),
     "unknown key": (SMALLEST, {"dual_cross_attention": True}, "key 'dual_cross_attention' = True"),
     "activation": (SMALLEST, {"act_fn": "tanh"}, "key 'act_fn' must be .*'silu'.*, got 'tanh'"),
     "resnet": (SMALLEST, {"resnet_time_scale_shift": "ada_group"}, "key 'resnet_time_scale_shift'"),
@@ -266,6 +319,35 @@ UNSUPPORTED = {
     "norm": ("DiT-XL-2", {"norm_type": "ada_norm"}, "key 'norm_type'.*'ada_norm_zero'"),
     "feed-forward": ("DiT-XL-2", {"activation_fn": "geglu"}, "key 'activation_fn'.*'geglu'"),
     "text": ("DiT-XL-2", {"cross_attention_dim": 64}, "key 'cross_attention_dim' = 64"),
+    "no such key": ("stable diffusion 1", {"freeu": 1}, "key 'freeu' = 1"),
+    "guidance as input": (
+        "stable diffusion 1",
+        {"time_cond_proj_dim": 256},
+        "key 'time_cond_proj_dim' = 256",
+    ),
+    "text block": (
+        "stable diffusion 1",
+        {"down_block_types": ["SimpleCrossAttnDownBlock2D"]},
+        "key 'down_block_types'.*SimpleCross",
+    ),
+    "added": (
+        "stable diffusion 1",
+        {"addition_embed_type": "image"},
+        "'addition_embed_type'.*image",
+    ),
+    "added without width": (
+        "stable diffusion xl",
+        {"addition_time_embed_dim": None},
+        "'text_time' needs addition_time_embed_dim",
+    ),
+    "inpainting": ("stable diffusion 1", {"in_channels": 9}, "in_channels.*got 4 for 9"),
+    "heads of levels": ("stable diffusion 2", {"attention_head_dim": [1]}, "must have one length"),
+    "indivisible heads": ("stable diffusion 2", {"attention_head_dim": 3}, "3 heads do not divide"),
+    "endless transformer": (
+        "stable diffusion 1",
+        {"transformer_layers_per_block": [1, 2**20]},
+        "1048576 layers, but .* are 208 arrays",
+    ),
 }
 
 
@@ -372,3 +454,24 @@ def test_classes_are_needed(name, tmp_path):
     x = jnp.zeros((1, 8, 8, module.in_channels))
     with pytest.raises(ValueError, match="class_labels"):
         jax.eval_shape(module.apply, variables, x, jnp.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "drop", "message"),
+    [
+        ("stable diffusion 1", {}, "takes no text_embeds and no time_ids"),
+        (
+            "stable diffusion xl",
+            {"text_embeds": None},
+            r"needed with k \+ 8 n = 58, got k=0 and n=6",
+        ),
+        ("stable diffusion xl", {"time_ids": np.zeros((2, 5))}, "k=10 and n=5"),
+        ("stable diffusion 2", {"encoder_hidden_states": np.zeros((2, 12))}, r"tokens, 12\), got"),
+    ],
+)
+def test_arguments_of_stable_diffusion(name, drop, message, tmp_path):
+    module, variables, _, _ = load_diffusers(write(tmp_path, name))
+    x, t, sequence, pooled, ids = arguments("stable diffusion xl")
+    cond = {"encoder_hidden_states": sequence, "text_embeds": pooled, "time_ids": ids}
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(partial(module.apply, variables), x, t, **cond | drop)

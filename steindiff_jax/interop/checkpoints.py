@@ -5,24 +5,29 @@
     sigmas = sd.ddpm_sigmas(10, checkpoint.schedule)
     solution = sd.sample(key, denoiser, (16, 32, 32, 3), sigmas=sigmas)
 
-A network of latents denoises latents: decode solution.x with the model's own decoder. It needs the
-extra `checkpoints`: flax and safetensors.
+A network of latents denoises latents: decode solution.x with the model's own decoder. One that is
+told a text takes its embeddings, from the model's own encoder. It needs the extra `checkpoints`:
+flax and safetensors.
 """
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import jax
 from flax.traverse_util import unflatten_dict
 from jax import Array
 from safetensors import SafetensorError, safe_open
 
 from steindiff_jax.interop import _json, _weights
-from steindiff_jax.interop.networks import DiT, UNet2D
+from steindiff_jax.interop.networks import DiT, UNet2D, UNet2DCondition
 from steindiff_jax.interop.schedulers import betas_schedule
 from steindiff_jax.protocols import Schedule
 from steindiff_jax.schedules import EDM
+
+Network = UNet2D | UNet2DCondition | DiT
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -33,7 +38,7 @@ class Checkpoint(NamedTuple):
     schedule and prediction are None where a network was saved without its scheduler.
     """
 
-    module: UNet2D | DiT
+    module: Network
     variables: dict[str, Any]
     schedule: Schedule | None
     prediction: str | None
@@ -42,10 +47,11 @@ class Checkpoint(NamedTuple):
 def load_diffusers(path: str | Path) -> Checkpoint:
     """The network, weights, schedule and prediction that diffusers' `save_pretrained` wrote.
 
-    Networks: `UNet2DModel` and `DiTTransformer2DModel`. Schedulers: those with DDPM's betas (the
-    network is told the index of its step) and `ScoreSdeVeScheduler` (it is told sigma). What a
-    scheduler does to samples is left to the caller: for its `clip_sample` and `thresholding` wrap
-    the denoiser in `StaticThreshold` or `DynamicThreshold`.
+    Networks: `UNet2DModel`, `UNet2DConditionModel` as Stable Diffusion 1, 2 and XL have it, and
+    `DiTTransformer2DModel`. Schedulers: those with DDPM's betas (the network is told the index of
+    its step) and `ScoreSdeVeScheduler` (it is told sigma). What a scheduler does to samples is left
+    to the caller: for its `clip_sample` and `thresholding` wrap the denoiser in `StaticThreshold`
+    or `DynamicThreshold`.
 
     Args:
       path: folder of a pipeline (unet or transformer, and scheduler inside it), or of a network
@@ -53,7 +59,8 @@ def load_diffusers(path: str | Path) -> Checkpoint:
 
     Returns:
       `Checkpoint`, with arrays in the dtype of the file. Images are (batch, height, width,
-      channels); a network that knows classes takes cond={"class_labels": ...}.
+      channels); a network that knows classes takes cond={"class_labels": ...}, one that is told
+      a text cond={"encoder_hidden_states": ...}, with XL also "text_embeds" and "time_ids".
 
     Raises:
       ValueError: nothing to read at path, a class or a key of a configuration that is not supported
@@ -99,19 +106,67 @@ def _files(folder: Path) -> list[Path]:
 
 # --- Configurations ------------------------------------------------------------------------------
 
-NETWORKS = {"UNet2DModel": UNet2D, "DiTTransformer2DModel": DiT, "Transformer2DModel": DiT}
+NETWORKS = {
+    "UNet2DModel": UNet2D,
+    "UNet2DConditionModel": UNet2DCondition,
+    "DiTTransformer2DModel": DiT,
+    "Transformer2DModel": DiT,
+}
 
 # Keys that change nothing at inference, where they are no fields of the network.
-IGNORED = {"dropout", "norm_num_groups", "sample_size", "upcast_attention"}
-# Keys of the older class Transformer2DModel, with what they must say for it to be a DiT.
-DEFAULTS = {
-    "attention_type": "default",
-    "cross_attention_dim": None,
-    "double_self_attention": False,
-    "num_vector_embeds": None,
-    "only_cross_attention": False,
-    "use_linear_projection": False,
+IGNORED = {
+    "addition_embed_type_num_heads",
+    "dropout",
+    "mid_block_only_cross_attention",
+    "norm_num_groups",
+    "sample_size",
+    "upcast_attention",
 }
+# What keys must say that are no fields: for a Transformer2DModel, the older class, to be a DiT, and
+# for a UNet2DConditionModel to be a Stable Diffusion.
+FIXED = {
+    UNet2D: {},
+    UNet2DCondition: {
+        "act_fn": "silu",
+        "attention_type": "default",
+        "center_input_sample": False,
+        "class_embed_type": None,
+        "class_embeddings_concat": False,
+        "conv_in_kernel": 3,
+        "conv_out_kernel": 3,
+        "cross_attention_norm": None,
+        "downsample_padding": 1,
+        "dual_cross_attention": False,
+        "encoder_hid_dim": None,
+        "encoder_hid_dim_type": None,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "mid_block_scale_factor": 1,
+        "mid_block_type": "UNetMidBlock2DCrossAttn",
+        "num_attention_heads": None,
+        "num_class_embeds": None,
+        "only_cross_attention": False,
+        "resnet_out_scale_factor": 1,
+        "resnet_skip_time_act": False,
+        "resnet_time_scale_shift": "default",
+        "reverse_transformer_layers_per_block": None,
+        "time_cond_proj_dim": None,
+        "time_embedding_act_fn": None,
+        "time_embedding_dim": None,
+        "time_embedding_type": "positional",
+        "timestep_post_act": None,
+    },
+    DiT: {
+        "attention_type": "default",
+        "cross_attention_dim": None,
+        "double_self_attention": False,
+        "num_vector_embeds": None,
+        "only_cross_attention": False,
+        "use_linear_projection": False,
+    },
+}
+# Fields that say how many times a block is repeated.
+DEPTHS = ("num_layers", "layers_per_block", "transformer_layers_per_block")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +202,7 @@ SCHEDULERS = (
 )
 
 
-def _network(file: Path) -> UNet2D | DiT:
+def _network(file: Path) -> Network:
     config = _json.load(file)
     cls = config.get("_class_name")
     if cls not in [*NETWORKS]:  # JSON may hold what cannot be hashed
@@ -155,11 +210,12 @@ def _network(file: Path) -> UNet2D | DiT:
     for key in ("down_block_types", "up_block_types"):
         if isinstance(config.get(key), list):  # they were called UNetRes... at first
             config[key] = [str(kind).removeprefix("UNetRes") for kind in config[key]]
-    known = _json.known(NETWORKS[cls], config, file)
+    network = NETWORKS[cls]
+    known, fixed = _json.known(network, config, file), FIXED[network]
     for key in sorted(config.keys() - known.keys() - IGNORED):
-        if not (key.startswith("_") or (key in DEFAULTS and config[key] == DEFAULTS[key])):
+        if not (key.startswith("_") or (key in fixed and config[key] == fixed[key])):
             raise ValueError(f"{file}: key {key!r} = {config[key]!r} is not supported")
-    return NETWORKS[cls](**known)
+    return network(**known)
 
 
 def _schedule(file: Path) -> tuple[Schedule, str]:
@@ -194,12 +250,13 @@ def _name(key: str) -> str:
     return "time_proj.weight" if key == "time_proj.W" else key
 
 
-def _variables(module: UNet2D | DiT, config: Path, files: list[Path]) -> dict[str, Any]:
+def _variables(module: Network, config: Path, files: list[Path]) -> dict[str, Any]:
     """Parameters by their paths; each file is read once its shapes are known to be right."""
     try:
         handles = [safe_open(file, framework="numpy") for file in files]
         found = {_name(key): (file, key) for file in handles for key in file.keys()}  # noqa: SIM118
-        layers = module.num_layers if isinstance(module, DiT) else module.layers_per_block
+        depths = [getattr(module, key, 1) for key in DEPTHS]
+        layers = math.prod(max(jax.tree.leaves(depth)) for depth in depths)
         if layers > len(found):  # or one number in the JSON could keep a machine busy for days
             raise ValueError(f"{config}: {layers} layers, but the weights are {len(found)} arrays")
         expected = _weights.expected(module, config)

@@ -1,9 +1,9 @@
-"""The networks of public checkpoints in Flax: two U-Nets and a diffusion transformer (DiT).
+"""The networks of public checkpoints in Flax: three U-Nets and a diffusion transformer (DiT).
 
-Fields of `UNet2D` and `DiT` are the keys of a diffusers `config.json`, with its defaults, and their
-annotations are what `load_diffusers` accepts. A parameter's path joined by dots is its name in a
-diffusers checkpoint. `SongUNet` is the one of `load_edm`. Images are (batch, height, width,
-channels). All networks are for inference: no dropout.
+Fields of `UNet2D`, `UNet2DCondition` and `DiT` are the keys of a diffusers `config.json`, with its
+defaults, and their annotations are what `load_diffusers` accepts. A parameter's path joined by dots
+is its name in a diffusers checkpoint. `SongUNet` is the one of `load_edm`. Images are (batch,
+height, width, channels). All networks are for inference: no dropout.
 """
 
 import math
@@ -17,7 +17,6 @@ import numpy as np
 from flax import linen as nn
 from jax import Array, lax
 
-from steindiff_jax._numerics import at_least_float32
 from steindiff_jax.protocols import Batch, Rows
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -109,11 +108,7 @@ class UNet2D(nn.Module):
     def __call__(self, x: Batch, t: Rows, class_labels: Array | None = None) -> Batch:
         levels = len(self.block_out_channels)
         _check_size(x, 2 ** (levels - 1), self.in_channels)
-        if not levels == len(self.down_block_types) == len(self.up_block_types):
-            raise ValueError(
-                "block_out_channels, down_block_types and up_block_types must have one length, got "
-                f"{levels}, {len(self.down_block_types)} and {len(self.up_block_types)}"
-            )
+        _check_lengths(self, "block_out_channels", "down_block_types", "up_block_types")
         emb = self._embed(t, class_labels)
         image = 2 * x - 1 if self.center_input_sample else x
         h = _conv(image, self.block_out_channels[0], "conv_in")
@@ -259,6 +254,149 @@ class UNet2D(nn.Module):
         return emb + nn.Embed(classes, features, name="class_embedding")(labels)
 
 
+class UNet2DCondition(nn.Module):
+    """The U-Net of Stable Diffusion 1, 2 and XL, diffusers' `UNet2DConditionModel`.
+
+    Rombach et al. 2022, arXiv:2112.10752; Podell et al. 2023, arXiv:2307.01952. It works on latents
+    and on the embeddings of a text; encoding and decoding are not part of it. attention_head_dim is
+    the number of heads, which diffusers gave that name; a tuple has a value for each level.
+
+    Call: x (batch, height, width, in_channels), each side a multiple of 2^(levels - 1); t (batch,);
+    encoder_hidden_states (batch, tokens, cross_attention_dim); with "text_time" also the pooled
+    text_embeds (batch, k) and time_ids (batch, n): sizes and crop, whose sinusoids make up the rest
+    of projection_class_embeddings_input_dim = k + n addition_time_embed_dim. Returns an array like
+    x.
+    """
+
+    in_channels: int = 4
+    out_channels: int = 4
+    down_block_types: tuple[Literal["CrossAttnDownBlock2D", "DownBlock2D"], ...] = (
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "CrossAttnDownBlock2D",
+        "DownBlock2D",
+    )
+    up_block_types: tuple[Literal["CrossAttnUpBlock2D", "UpBlock2D"], ...] = (
+        "UpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+        "CrossAttnUpBlock2D",
+    )
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    norm_num_groups: int = 32
+    norm_eps: float = 1e-5
+    cross_attention_dim: int = 1280
+    attention_head_dim: int | tuple[int, ...] = 8
+    transformer_layers_per_block: int | tuple[int, ...] = 1
+    use_linear_projection: bool = False
+    addition_embed_type: Literal["text_time"] | None = None
+    addition_time_embed_dim: int | None = None
+    projection_class_embeddings_input_dim: int | None = None
+
+    def example(self) -> tuple[Array | None, ...]:
+        """Arguments of a smallest call, as `init` takes them."""
+        side, pooled, ids = 2 ** (len(self.block_out_channels) - 1), None, None
+        if self.addition_embed_type:
+            each, total = self._added
+            pooled, ids = jnp.zeros((1, max(total - each, 0))), jnp.zeros((1, 1))
+        x, text = (1, side, side, self.in_channels), (1, 1, self.cross_attention_dim)
+        return jnp.zeros(x), jnp.ones(1), jnp.zeros(text), pooled, ids
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Batch,
+        t: Rows,
+        encoder_hidden_states: Array,
+        text_embeds: Array | None = None,
+        time_ids: Array | None = None,
+    ) -> Batch:
+        levels, width = len(self.block_out_channels), self.cross_attention_dim
+        _check_size(x, 2 ** (levels - 1), self.in_channels)
+        _check_lengths(
+            self,
+            "block_out_channels",
+            "down_block_types",
+            "up_block_types",
+            "attention_head_dim",
+            "transformer_layers_per_block",
+        )
+        if encoder_hidden_states.ndim != 3 or encoder_hidden_states.shape[-1] != width:
+            raise ValueError(
+                f"encoder_hidden_states must be (batch, tokens, {width}), got "
+                f"{encoder_hidden_states.shape}"
+            )
+        text = encoder_hidden_states.astype(x.dtype)  # or the whole network would have its dtype
+        emb = self._embed(t, text_embeds, time_ids)
+
+        def resnet(h: Array, level: int, name: str) -> Array:
+            features, groups = self.block_out_channels[level], self.norm_num_groups
+            return Resnet(features, groups, eps=self.norm_eps, name=name)(h, emb)
+
+        def layer(h: Array, level: int, kind: str, name: str, j: int) -> Array:
+            h = resnet(h, level, f"{name}.resnets.{j}")
+            if not kind.startswith("CrossAttn"):
+                return h
+            heads, depth = (
+                value[level] if isinstance(value, tuple) else value
+                for value in (self.attention_head_dim, self.transformer_layers_per_block)
+            )
+            options = {"groups": self.norm_num_groups, "linear": self.use_linear_projection}
+            return Transformer(heads, depth, **options, name=f"{name}.attentions.{j}")(h, text)
+
+        h = _conv(x, self.block_out_channels[0], "conv_in")
+        kept = [h]
+        for i, kind in enumerate(self.down_block_types):
+            name = f"down_blocks.{i}"
+            for j in range(self.layers_per_block):
+                h = layer(h, i, kind, name, j)
+                kept.append(h)
+            if i + 1 < levels:
+                h = _conv(h, h.shape[-1], f"{name}.downsamplers.0.conv", 2)
+                kept.append(h)
+        h = layer(h, -1, "CrossAttn", "mid_block", 0)
+        h = resnet(h, -1, "mid_block.resnets.1")
+        for i, kind in enumerate(self.up_block_types):
+            name = f"up_blocks.{i}"
+            for j in range(self.layers_per_block + 1):
+                h = layer(jnp.concatenate([h, kept.pop()], axis=-1), -1 - i, kind, name, j)
+            if i + 1 < levels:
+                h = _conv(double(h), h.shape[-1], f"{name}.upsamplers.0.conv")
+        h = nn.silu(_group_norm(h, self.norm_num_groups, self.norm_eps, "conv_norm_out"))
+        return _without_variance(_conv(h, self.out_channels, "conv_out"), x)
+
+    @property
+    def _added(self) -> tuple[int, int]:
+        """Sinusoids of each of the time_ids, and the width of these and text_embeds together."""
+        each, total = self.addition_time_embed_dim, self.projection_class_embeddings_input_dim
+        if each is None or total is None:
+            raise ValueError(
+                "addition_embed_type='text_time' needs addition_time_embed_dim and "
+                "projection_class_embeddings_input_dim"
+            )
+        return each, total
+
+    def _embed(self, t: Array, text_embeds: Array | None, time_ids: Array | None) -> Array:
+        """Time, and with "text_time" pooled text and sizes, (batch, features)."""
+        width = self.block_out_channels[0]
+        emb = _mlp(sinusoids(t, width, shift=0.0), 4 * width, "time_embedding")
+        if self.addition_embed_type is None:
+            if text_embeds is not None or time_ids is not None:
+                raise ValueError("the network takes no text_embeds and no time_ids: leave them out")
+            return emb
+        each, total = self._added
+        k, n = (0 if a is None else a.shape[-1] for a in (text_embeds, time_ids))
+        if text_embeds is None or time_ids is None or k + n * each != total:
+            raise ValueError(
+                f"text_embeds (batch, k) and time_ids (batch, n) are needed with k + {each} n = "
+                f"{total}, got k={k} and n={n}"
+            )
+        ids = sinusoids(time_ids.reshape(-1), each, shift=0.0).reshape(len(time_ids), -1)
+        added = jnp.concatenate([text_embeds, ids], axis=-1)
+        return emb + _mlp(added, 4 * width, "add_embedding")
+
+
 class SongUNet(nn.Module):
     """The U-Net of score_sde, DDPM++ or NCSN++, as the snapshots of Karras et al. configure it.
 
@@ -401,8 +539,7 @@ class DiT(nn.Module):
             name = f"{name}.class_embedder.embedding_table"
             return nn.silu(e + nn.Embed(self.num_embeds_ada_norm + 1, width, name=name)(labels))
 
-        norm = partial(nn.LayerNorm, use_fast_variance=False)
-        bare = partial(norm, 1e-6, use_scale=False, use_bias=False)
+        bare = partial(_layer_norm, 1e-6, use_scale=False, use_bias=False)
         embs = []  # every block has an embedding of its own; the output uses the first one's
         for i in range(self.num_layers):
             name = f"transformer_blocks.{i}"
@@ -411,7 +548,9 @@ class DiT(nn.Module):
             shift, scale, gate, shift_2, scale_2, gate_2 = jnp.split(change, 6, axis=-1)
             attention = Attention(heads, head_dim, bias=self.attention_bias, name=f"{name}.attn1")
             h = h + gate * attention(bare()(h) * (1 + scale) + shift)
-            third = norm(self.norm_eps, use_scale=affine, use_bias=affine, name=f"{name}.norm3")
+            third = _layer_norm(
+                self.norm_eps, use_scale=affine, use_bias=affine, name=f"{name}.norm3"
+            )
             m = third(h) * (1 + scale_2) + shift_2
             m = act(nn.Dense(4 * width, name=f"{name}.ff.net.0.proj")(m))
             h = h + gate_2 * nn.Dense(width, name=f"{name}.ff.net.2")(m)
@@ -446,7 +585,7 @@ class Resnet(nn.Module):
         x, h = self.resample(x), self.resample(h)
         h = _conv(h, self.features, "conv1")
         dense = nn.Dense(self.features * (1 + self.scale_shift), name="time_emb_proj")
-        e = dense(self.act(emb))[:, None, None]
+        e = dense(self.act(emb)).astype(x.dtype)[:, None, None]  # times may be in a wider one
         if self.scale_shift:
             scale, shift = jnp.split(e, 2, axis=-1)
             h = _group_norm(h, self.groups, self.eps, "norm2") * (1 + scale) + shift
@@ -458,8 +597,46 @@ class Resnet(nn.Module):
         return (x + h) / self.rescale
 
 
+class Transformer(nn.Module):
+    """Transformer blocks on h (batch, height, width, c), which also see text (batch, tokens, k).
+
+    Each attends to h, then to the text, then has a feed-forward layer with a gate, GEGLU (Shazeer
+    2020, arXiv:2002.05202). linear: how a file stores the first and the last projection.
+    """
+
+    heads: int
+    layers: int
+    groups: int
+    linear: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array, text: Array) -> Array:
+        width = x.shape[-1]
+        if width % self.heads:
+            raise ValueError(
+                f"attention_head_dim={self.heads} heads do not divide {width} channels"
+            )
+        project = partial(nn.Dense, width) if self.linear else partial(nn.Conv, width, (1, 1))
+        attend = partial(Attention, self.heads, width // self.heads, bias=False)
+        h = project(name="proj_in")(_group_norm(x, self.groups, 1e-6, "norm"))
+        for i in range(self.layers):
+            name = f"transformer_blocks.{i}"
+            m = _layer_norm(1e-5, name=f"{name}.norm1")(h)
+            h = h + attend(name=f"{name}.attn1")(m)
+            m = _layer_norm(1e-5, name=f"{name}.norm2")(h)
+            h = h + attend(name=f"{name}.attn2")(m, text)
+            m = _layer_norm(1e-5, name=f"{name}.norm3")(h)
+            m = nn.Dense(8 * width, name=f"{name}.ff.net.0.proj")(m)
+            m, gate = jnp.split(m, 2, axis=-1)
+            h = h + nn.Dense(width, name=f"{name}.ff.net.2")(m * ACTIVATIONS["gelu"](gate))
+        return x + project(name="proj_out")(h)
+
+
 class Attention(nn.Module):
-    """Self-attention between all positions of h (batch, ..., c), after a group norm if groups."""
+    """Attention of all positions of h (batch, ..., c) to one another, or to other (batch, n, k).
+
+    groups: of a group norm before it; None is no norm.
+    """
 
     heads: int
     head_dim: int
@@ -468,19 +645,22 @@ class Attention(nn.Module):
     bias: bool = True
 
     @nn.compact
-    def __call__(self, h: Array) -> Array:
+    def __call__(self, h: Array, other: Array | None = None) -> Array:
         shape = h.shape
         h = h.reshape(shape[0], -1, shape[-1])
         if self.groups:
             h = _group_norm(h, self.groups, self.eps, "group_norm")
 
-        def project(name: str) -> Array:
+        def project(name: str, h: Array) -> Array:
             dense = nn.Dense(self.heads * self.head_dim, use_bias=self.bias, name=name)
             return dense(h).reshape(*h.shape[:2], self.heads, self.head_dim)
 
-        query, key, value = project("to_q"), project("to_k"), project("to_v")
-        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key) / math.sqrt(self.head_dim)
-        weights = jax.nn.softmax(at_least_float32(logits)).astype(value.dtype)
+        other = h if other is None else other
+        query, key, value = project("to_q", h), project("to_k", other), project("to_v", other)
+        # In float32 at least, from the product on: float16 would overflow (Stable Diffusion 2).
+        dtype = jnp.promote_types(query.dtype, jnp.float32)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", query, key, preferred_element_type=dtype)
+        weights = jax.nn.softmax(logits / math.sqrt(self.head_dim)).astype(value.dtype)
         h = jnp.einsum("bhqk,bkhd->bqhd", weights, value).reshape(*h.shape[:2], -1)
         return nn.Dense(shape[-1], name="to_out.0")(h).reshape(shape)
 
@@ -560,6 +740,9 @@ def _block(
     return (h + attention(h)) / SQRT2
 
 
+_layer_norm = partial(nn.LayerNorm, use_fast_variance=False)
+
+
 def _conv(h: Array, features: int, name: str, stride: int = 1, padding: Any = 1) -> Array:
     return nn.Conv(features, (3, 3), stride, padding=padding, name=name)(h)
 
@@ -596,6 +779,14 @@ def _labels(class_labels: Array | None) -> Array:
     if class_labels is None:
         raise ValueError("the network knows classes: class_labels (batch,) are needed")
     return class_labels
+
+
+def _check_lengths(module: nn.Module, *fields: str) -> None:
+    """That those of the fields that are tuples have a value for each level."""
+    values = {field: getattr(module, field) for field in fields}
+    lengths = {field: len(value) for field, value in values.items() if isinstance(value, tuple)}
+    if len({*lengths.values()}) > 1:
+        raise ValueError(f"{', '.join(lengths)} must have one length, got {[*lengths.values()]}")
 
 
 def _check_size(x: Array, multiple: int, channels: int) -> None:
