@@ -194,7 +194,8 @@ def main():
     device = jax.devices()[0]
     rate, bandwidth = floors(256 if arguments.tiny else 2048 if ON_CPU else 8192)
     print(
-        f"{device.platform} {device.device_kind}, jax {jax.__version__}, {arguments.dtype}, batch {batch}"
+        f"{device.platform} {device.device_kind}, jax {jax.__version__}, "
+        f"{arguments.dtype}, batch {batch}"
     )
     print(f"{rate / 1e9:.0f} GFLOP/s (matrix product), {bandwidth / 1e9:.1f} GB/s (copy)")
     seconds = import_times()
