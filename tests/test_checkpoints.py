@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import re
 from functools import cache, partial
 
 import diffusers_reference as peer
@@ -200,11 +201,14 @@ def test_half_precision(tmp_path):
 
 
 def test_half_precision_throughout(tmp_path):
-    """Neither times nor texts in float32 bring what follows to it."""
+    """Neither times nor texts in float32 bring what follows to it, but sums of norms are in it."""
     module, variables, _, _ = load_diffusers(write(tmp_path, "stable diffusion xl"))
     half = jax.tree.map(lambda a: a.astype(jnp.bfloat16), variables)
     x, *rest = arguments("stable diffusion xl")
-    assert jax.eval_shape(module.apply, half, x.astype(jnp.bfloat16), *rest).dtype == jnp.bfloat16
+    operations = jax.make_jaxpr(module.apply)(half, x.astype(jnp.bfloat16), *rest)
+    assert operations.out_avals[0].dtype == jnp.bfloat16
+    assert {*re.findall(r"(\w+)\[[^]]*\] = reduce_sum", str(operations))} == {"f32"}
+    assert {*re.findall(r"(\w+)\[[^]]*\] = conv_general", str(operations))} == {"bf16"}
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ from steindiff_jax.interop.schedulers import betas_schedule
 from steindiff_jax.protocols import Schedule
 from steindiff_jax.schedules import EDM
 
-Network = UNet2D | UNet2DCondition | DiT
+Module = UNet2D | UNet2DCondition | DiT
 
 WEIGHTS = "diffusion_pytorch_model"
 
@@ -38,7 +38,7 @@ class Checkpoint(NamedTuple):
     schedule and prediction are None where a network was saved without its scheduler.
     """
 
-    module: Network
+    module: Module
     variables: dict[str, Any]
     schedule: Schedule | None
     prediction: str | None
@@ -202,7 +202,7 @@ SCHEDULERS = (
 )
 
 
-def _network(file: Path) -> Network:
+def _network(file: Path) -> Module:
     config = _json.load(file)
     cls = config.get("_class_name")
     if cls not in [*NETWORKS]:  # JSON may hold what cannot be hashed
@@ -250,7 +250,7 @@ def _name(key: str) -> str:
     return "time_proj.weight" if key == "time_proj.W" else key
 
 
-def _variables(module: Network, config: Path, files: list[Path]) -> dict[str, Any]:
+def _variables(module: Module, config: Path, files: list[Path]) -> dict[str, Any]:
     """Parameters by their paths; each file is read once its shapes are known to be right."""
     try:
         handles = [safe_open(file, framework="numpy") for file in files]
