@@ -192,8 +192,9 @@ class Discrete(_VariancePreserving):
     def cosine(cls, steps: int = 1000, max_beta: float = 0.999) -> "Discrete":
         """Betas of `VPCosine`, at most max_beta (Nichol & Dhariwal 2021, arXiv:2102.09672)."""
         # alpha is sin(w), with w = 0 at the end: 1 - sin(w')^2 / sin(w)^2 without cancellation.
-        w = math.pi / 2 / 1.008 * jnp.linspace(1.0, 0.0, _checks.count("steps", steps) + 1)
-        betas = jnp.sin(w[-2]) * jnp.sin(w[1:] + w[:-1]) / jnp.sin(w[:-1]) ** 2
+        # In float64: w + w' is near pi at the start, whose sine in float32 moves steps by 0.01.
+        w = math.pi / 2 / 1.008 * np.linspace(1.0, 0.0, _checks.count("steps", steps) + 1)
+        betas = np.sin(w[-2]) * np.sin(w[1:] + w[:-1]) / np.sin(w[:-1]) ** 2
         return cls(jnp.minimum(betas, max_beta))
 
     def zero_terminal_snr(self) -> "Discrete":

@@ -56,10 +56,12 @@ OPENAI = {
     "attention_resolutions": "32",
     "resblock_updown": True,
 }
-FLAGS = {"noise_schedule", "num_head_channels", "use_new_attention_order"}  # those of load_edm
+FLAGS = ("noise_schedule", "num_head_channels", "num_heads", "use_new_attention_order")
 GUIDED = {
     "adm 64": {"learn_sigma": True, "noise_schedule": "cosine", "use_new_attention_order": True}
     | {"class_cond": True},
+    "adm 128": {"learn_sigma": True, "num_head_channels": -1, "num_heads": 4, "class_cond": True}
+    | {"attention_resolutions": "64,32"},
     "adm 256": {"learn_sigma": True, "num_res_blocks": 2},
     "conv": {"resblock_updown": False, "use_scale_shift_norm": False, "channel_mult": "1,2,2"}
     | {"attention_resolutions": "64,32"},
@@ -69,7 +71,7 @@ CONSISTENCY = {
     "imagenet64": {"class_cond": True},
     "lsun256": {"use_scale_shift_norm": False, "num_res_blocks": 2},
 }
-SIGMAS = (0.1, 1.0)
+SIGMAS = (0.1, 1.0, 3.0)
 SIDE = 8
 LABELS = np.array([1, 2])
 
@@ -131,6 +133,10 @@ def edm(folder):
         def denoise(x, sigma, net=net, labels=labels):
             return net(x, torch.full((2,), sigma), labels)
 
+        config["times"] = told = []
+        net.model.register_forward_pre_hook(
+            lambda _, args, told=told: told.append(args[1][0].item())
+        )
         sigmas = np.float32(config["sigmas"])
         outputs = [call(partial(denoise, sigma=s), inputs() * np.hypot(1, s)) for s in sigmas]
         yield f"edm {name}", config, outputs
@@ -168,7 +174,8 @@ def guided_diffusion(folder):
                 return found["pred_xstart"]
 
             outputs.append(call(denoise, inputs()))  # that is alpha times the x of the others
-        flags = {key: options[key] for key in FLAGS}
+        unused = "num_heads" if options["num_head_channels"] > 0 else "num_head_channels"
+        flags = {key: options[key] for key in FLAGS if key != unused}
         yield f"guided {name}", {"shapes": shapes, "sigmas": ratios, "flags": flags}, outputs
 
 

@@ -73,7 +73,7 @@ def test_their_schedulers(name):
     expected = reference("maxdiffusion")[f"{name}/sample"]
     found = final(name, *recorded(name))
     print(f"{name}: {np.abs(found - expected).max():.1e}")  # pytest -rP shows it
-    assert_allclose(found, expected, rtol=0, atol=5e-6)
+    assert_allclose(found, expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.skipif("MAXDIFFUSION" not in os.environ, reason="MAXDIFFUSION names a checkout")
@@ -82,7 +82,7 @@ def test_their_schedulers_as_checked_out(name):
     sys.path.insert(0, str(Path(os.environ["MAXDIFFUSION"]) / "src"))
     theirs = peers.build(name)
     state, expected = peers.loop(name, theirs)
-    assert_allclose(final(name, theirs, state), expected, rtol=0, atol=5e-6)
+    assert_allclose(final(name, theirs, state), expected, rtol=0, atol=1e-6)
 
 
 # --- Our own -------------------------------------------------------------------------------------

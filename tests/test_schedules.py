@@ -218,6 +218,17 @@ def test_betas():
     assert_allclose(sd.Discrete.cosine(50).betas, betas, rtol=1e-9)
 
 
+@pytest.mark.parametrize(
+    "make", [sd.Discrete.linear, sd.Discrete.scaled_linear, sd.Discrete.cosine]
+)
+def test_betas_without_x64(make):
+    """Those of float64, rounded: the time of a step is a thousand times as sensitive."""
+    with jax.enable_x64(False):
+        found = make().betas
+    assert found.dtype == jnp.float32
+    assert_allclose(found, make().betas, rtol=2 * EPS)
+
+
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
 @pytest.mark.parametrize("make", [sd.Discrete.linear, sd.Discrete.scaled_linear])
 def test_zero_terminal_snr(make, dtype):

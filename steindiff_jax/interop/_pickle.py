@@ -3,12 +3,14 @@
 A pickle is a program for a stack machine. This machine knows the instructions that build numbers,
 text and containers, and the few names that torch and NVIDIA's snapshots use; any other instruction
 or name is a ValueError. Time and memory grow with the file: nothing is as large as it says, and
-what a file holds once and uses often is read once.
+what a file holds once and uses often is read once. Flax's msgpack, which is no program, is read by
+Flax.
 """
 
 import io
 import math
 import pickletools
+import re
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -17,11 +19,14 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 
 MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of torch's files before it wrote zips
+MSGPACK = re.compile(rb"[\x81-\x8f][\xa1-\xbf]")  # a dict with a few keys, the first short text
 BROKEN = (
     *(ValueError, LookupError, TypeError, OverflowError, EOFError, OSError, RuntimeError),
     *(zipfile.BadZipFile, NotImplementedError, zlib.error),
+    *(AttributeError, MemoryError, SyntaxError),  # of damaged msgpack
 )
 
 STORAGES = {
@@ -113,13 +118,16 @@ class Tensor(NamedTuple):
 
 
 def load(file: Path) -> Any:
-    """What a pickle or a torch file holds: containers, numbers, text, `Tensor` and `Node`."""
+    """What a file holds: containers, numbers, text, `Tensor` and `Node`, arrays if it is Flax's."""
     try:
         with file.open("rb") as stream:
             if stream.read(4) == b"PK\x03\x04":
                 return _zip(file)
             stream.seek(0)
-            return _stream(stream.read())
+            data = stream.read()
+        if MSGPACK.match(data):
+            return serialization.msgpack_restore(data)
+        return _stream(data)
     except FileNotFoundError as error:
         raise ValueError(f"no file {file}") from error
     except BROKEN as error:

@@ -1,16 +1,16 @@
-"""Networks of EDM and of guided-diffusion and consistency models, from their own files.
+"""Networks of EDM, score_sde, guided-diffusion and consistency models, from their own files.
 
     checkpoint = load_edm("edm-cifar10-32x32-uncond-vp.pkl")
     denoiser = sd.from_linen(**checkpoint._asdict())
     solution = sd.sample(key, denoiser, (16, 32, 32, 3), sigmas=sd.karras_sigmas(10))
 
-The files are pickles, which are read as data: nothing in them is imported or run, and torch is not
-needed. It needs the extra `checkpoints`. NVIDIA's weights are licensed CC BY-NC-SA.
+Most of the files are pickles, which are read as data: nothing in them is imported or run, and torch
+is not needed. It needs the extra `checkpoints`. NVIDIA's weights are licensed CC BY-NC-SA.
 """
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -54,14 +54,46 @@ class LogSigma(schedules.EDM):
         return self.time(ratio), jnp.ones_like(ratio), ratio
 
 
+@pytree
+class SubVP(schedules.VPLinear):
+    """alpha of `VPLinear`, sigma = 1 - alpha^2 (Song et al. 2021, arXiv:2011.13456, eq. 29)."""
+
+    @property
+    def sigma_max(self) -> Array:
+        """The ratio at t = 1."""
+        return self.sigma(jnp.ones(())) / self.alpha(jnp.ones(()))
+
+    def sigma(self, t: Array) -> Array:
+        return -jnp.expm1(-self._integral(t))
+
+    def time(self, ratio: Array) -> Array:
+        return self.at(ratio)[0]
+
+    def at(self, ratio: Array) -> tuple[Array, Array, Array]:
+        alpha = 2 / (ratio + jnp.hypot(ratio, 2.0))  # of 1 - alpha^2 = ratio alpha
+        return super().time(jnp.sqrt(ratio / alpha)), alpha, ratio * alpha
+
+
+@pytree
+class Steps(schedules.Discrete):
+    """`Discrete` for a network that is told the nearest step, as EDM's iDDPM is."""
+
+    def time(self, ratio: Array) -> Array:
+        return jnp.rint(super().time(ratio))
+
+
 def load_edm(
     path: str | Path,
     *,
     noise_schedule: str = "linear",
     num_head_channels: int = 64,
+    num_heads: int | None = None,
     use_new_attention_order: bool = False,
+    sde: str = "vpsde",
+    image_size: int = 32,
+    attn_resolutions: tuple[int, ...] = (16,),
 ) -> Snapshot:
-    """The network of a snapshot of EDM (.pkl), of guided-diffusion or consistency models (.pt).
+    """The network of a snapshot of EDM (.pkl), of weights by OpenAI (.pt), of a Flax checkpoint.
 
     A snapshot (Karras et al. 2022, arXiv:2206.00364) says all: its network is DDPM++, NCSN++ or
     ADM, its preconditioning EDM's, VP's, VE's or iDDPM's, and what counts is its moving average,
@@ -69,17 +101,24 @@ def load_edm(
     guided-diffusion's README (Dhariwal & Nichol 2021, arXiv:2105.05233). Weights of consistency
     models (Song et al. 2023, arXiv:2303.01469) are known by their attention and use no flags:
     those of edm_*.pt denoise; those of cd_*.pt and ct_*.pt map x to data, for one step of `DDIM`.
+    A `checkpoint_N` of score_sde in Flax (Song et al. 2021, arXiv:2011.13456) has weights alone
+    too, of which `params_ema` count: DDPM++ or NCSN++ trained in continuous time, VE if it is told
+    Fourier features. One of consistency_models_cifar10 has EDM's preconditioning.
 
     Args:
       path: the file.
       noise_schedule: of guided-diffusion, "linear" or "cosine"; this for ImageNet at 64 pixels.
       num_head_channels: features of an attention head, for a .pt.
+      num_heads: of guided-diffusion: heads of every attention, in place of num_head_channels.
       use_new_attention_order: of guided-diffusion: True for ImageNet at 64 pixels.
+      sde: of score_sde, "vpsde" or "subvpsde", for networks that are not VE.
+      image_size: side of the images, for a Flax checkpoint.
+      attn_resolutions: sides at which such a network attends.
 
     Returns:
       `Snapshot`, with arrays in the dtype of the file. Images are (batch, height, width, channels)
       in [-1, 1]; a network that knows classes takes cond={"class_labels": ...} of shape (batch,).
-      An iDDPM network is told its step as a float; EDM's code rounds it.
+      An iDDPM network is told the nearest step, as by EDM's code.
 
     Raises:
       ValueError: no file, one that is damaged or names what no network needs (nothing in it is
@@ -91,13 +130,20 @@ def load_edm(
     ema = found.get("ema") if type(found) is dict else None
     if type(ema) is _pickle.Node:
         return _snapshot(ema, file)
+    if type(found) is dict and "params_ema" in found:
+        if sde not in ("vpsde", "subvpsde"):
+            raise ValueError(f"sde must be 'vpsde' or 'subvpsde', got {sde!r}")
+        _checks.count("image_size", image_size)
+        return _score_sde(found, file, sde, image_size, tuple(attn_resolutions))
     if type(found) is not dict or any(type(v) is not _pickle.Tensor for v in found.values()):
-        raise ValueError(f"{file} holds neither a snapshot's 'ema' nor arrays alone")
+        raise ValueError(f"{file} holds neither 'ema', 'params_ema' nor arrays alone")
     if noise_schedule not in ("linear", "cosine"):
         raise ValueError(f"noise_schedule must be 'linear' or 'cosine', got {noise_schedule!r}")
     _checks.count("num_head_channels", num_head_channels)
+    _checks.count("num_heads", 1 if num_heads is None else num_heads)
     arrays = {key: tensor.array() for key, tensor in found.items()}
-    return _guided(arrays, file, noise_schedule, num_head_channels, use_new_attention_order)
+    heads = num_head_channels, num_heads
+    return _guided(arrays, file, noise_schedule, heads, use_new_attention_order)
 
 
 # --- Snapshots of EDM ----------------------------------------------------------------------------
@@ -236,7 +282,7 @@ def _preconditioning(ema: _pickle.Node, file: Path) -> dict[str, Any]:
         case "iDDPMPrecond":
             number("C_2", 0.008, 0.008)
             steps, share = int(number("M", 1.0, 1e5)), number("C_1", 1e-9, 0.5)
-            schedule = schedules.Discrete.cosine(steps, 1 - share)
+            schedule = Steps.cosine(steps, 1 - share)
             return {"schedule": schedule, "prediction": "epsilon"}
     known = ["EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"]
     raise ValueError(f"{file}: the preconditioning must be one of {known}, got {ema.name!r}")
@@ -269,15 +315,22 @@ def _arrays(model: _pickle.Node, file: Path) -> Arrays:
 # --- Weights alone -------------------------------------------------------------------------------
 
 
+def _shape(arrays: Arrays, file: Path, key: str, rank: int) -> tuple[int, ...]:
+    """Of an array that every network has, and none of its sizes 0."""
+    if key not in arrays or arrays[key].ndim < rank or not arrays[key].size:
+        raise ValueError(f"{file} has no {key!r} of {rank} axes: it is none of these networks")
+    return arrays[key].shape
+
+
 def _guided(
-    arrays: Arrays, file: Path, noise_schedule: str, head: int, new_order: bool
+    arrays: Arrays,
+    file: Path,
+    noise_schedule: str,
+    heads: tuple[int, int | None],
+    new_order: bool,
 ) -> Snapshot:
     """A network of guided-diffusion; its arrays say how many there are of everything."""
-
-    def shape(key: str, rank: int) -> tuple[int, ...]:
-        if key not in arrays or arrays[key].ndim < rank:
-            raise ValueError(f"{file} has no {key!r}: it is no U-Net of guided-diffusion")
-        return arrays[key].shape
+    shape = partial(_shape, arrays, file)
 
     def attends(block: str) -> bool:
         return f"{block}.1.qkv.weight" in arrays
@@ -292,15 +345,17 @@ def _guided(
     firsts = [f"input_blocks.{1 + i * n}" for i in range(max(levels, 1))]
     features = [shape(f"{block}.0.out_layers.3.weight", 4)[0] for block in firsts]
     (emb,) = shape("input_blocks.1.0.emb_layers.1.bias", 1)
-    if shape("input_blocks.0.0.weight", 4)[1] != 3 or not 1 <= head <= features[-1]:
-        raise ValueError(f"{file}: images must have 3 channels, num_head_channels={head} must fit")
+    if shape("input_blocks.0.0.weight", 4)[1] != 3:
+        raise ValueError(f"{file}: images must have 3 channels")
+
     module = _adm(
         features,
         [attends(block) for block in firsts],
         f"input_blocks.{n}.0.op.weight" not in arrays,
         out_channels=shape("out.2.weight", 4)[0],
         layers_per_block=n - 1,
-        attention_head_dim=head,
+        attention_head_dim=heads[0],
+        num_heads=heads[1],
         time_embedding_dim=shape("time_embed.0.weight", 2)[0],
         num_class_embeds=shape("label_emb.weight", 2)[0] if "label_emb.weight" in arrays else None,
         norm_num_groups=32,
@@ -323,8 +378,12 @@ def _guided(
     together = is_consistency or new_order  # all queries, all keys, all values; or so in each head
 
     def split(w: np.ndarray) -> np.ndarray:
-        w = w.reshape(1 if together else -1, 3, w.shape[0] // 3 if together else head, *w.shape[1:])
-        return w.swapaxes(0, 1).reshape(3, -1, *w.shape[3:])
+        n = 1 if together else heads[1] or len(w) // 3 // heads[0]
+        if not n or len(w) % (3 * n):
+            raise ValueError(
+                f"{file}: num_head_channels={heads[0]}, num_heads={heads[1]} must fit {len(w) // 3}"
+            )
+        return w.reshape(n, 3, -1, *w.shape[1:]).swapaxes(0, 1).reshape(3, -1, *w.shape[1:])
 
     qkv = {key: split(w) for key, w in _attention(arrays)}
     rename = partial(_rename_adm, top=OPENAI, layers=OPENAI_LAYERS, place=place)
@@ -333,6 +392,118 @@ def _guided(
         return Snapshot(module, variables, schedules.EDM(), "edm", time_scale=1000.0)
     schedule = getattr(schedules.Discrete, noise_schedule)(1000)
     return Snapshot(module, variables, schedule, "epsilon")
+
+
+# --- Checkpoints of score_sde --------------------------------------------------------------------
+
+LEAVES = {"kernel": "weight", "scale": "weight", "W": "weight", "b": "bias"}  # theirs, torch's
+SCORE_SDE_LAYERS = {
+    "norm1": "GroupNorm_0",
+    "conv1": "Conv_0",
+    "time_emb_proj": "Dense_0",
+    "norm2": "GroupNorm_1",
+    "conv2": "Conv_1",
+    "conv_shortcut": "Conv_2",
+    "group_norm": "GroupNorm_0",
+    "to_q": "NIN_0",
+    "to_k": "NIN_1",
+    "to_v": "NIN_2",
+    "to_out.0": "NIN_3",
+}
+
+
+def _score_sde(
+    state: dict[str, Any], file: Path, sde: str, image_size: int, attends: tuple[int, ...]
+) -> Snapshot:
+    """A network of score_sde: `SongUNet`, whose parts are counted as they are called."""
+    arrays = dict(_leaves(state["params_ema"], file))
+    shape = partial(_shape, arrays, file)
+    names = {name for key in arrays if (name := key.split(".")[0]).startswith("ResnetBlockBigGAN")}
+    shapes = [shape(f"ResnetBlockBigGANpp_{k}.Conv_0.weight", 4)[:2] for k in range(len(names))]
+    # A shortcut that keeps the features is of a block that resamples, which ends a level.
+    ends = [
+        k
+        for k, (after, before) in enumerate(shapes)
+        if after == before and f"ResnetBlockBigGANpp_{k}.Conv_2.weight" in arrays
+    ]
+    n = ends[0] if ends else max(len(names) - 3, 0) // 2
+    levels = len(names) // (2 * n + 3)
+    if not levels:
+        raise ValueError(f"{file} has too few residual blocks for a network of score_sde")
+    width, channels = shape("Conv_0.weight", 4)[:2]
+    is_fourier = "GaussianFourierProjection_0.weight" in arrays
+    is_residual = "Downsample_0.Conv2d_0.weight" in arrays
+    module = SongUNet(
+        img_resolution=image_size,
+        in_channels=channels,
+        out_channels=channels,
+        model_channels=width,
+        channel_mult=tuple(shapes[i * (n + 1)][0] // width for i in range(levels)),
+        channel_mult_emb=shape("Dense_0.bias", 1)[0] // width,
+        num_blocks=n,
+        attn_resolutions=attends,
+        embedding_type="fourier" if is_fourier else "positional",
+        channel_mult_noise=2 if is_fourier else 1,
+        encoder_type="residual" if is_residual else "standard",
+        resample_filter=(1, 3, 3, 1) if is_residual else (1, 1),
+    )
+    if "opt_state" in state:  # of consistency_models_cifar10
+        known = {"schedule": schedules.EDM(), "prediction": "edm"}
+    elif is_fourier:  # score = F / sigma: the network predicts -F
+        known = {"schedule": LogSigma(), "prediction": "epsilon"}
+        arrays |= {k: -array for k, array in arrays.items() if k.startswith("Conv_1.")}
+    else:
+        schedule = schedules.VPLinear() if sde == "vpsde" else SubVP()
+        known = {"schedule": schedule, "prediction": "epsilon", "time_scale": 999.0}
+    return Snapshot(module, _variables(module, arrays, {}, _counted(module), file), **known)
+
+
+def _leaves(tree: Any, file: Path, prefix: str = "") -> Iterator[tuple[str, np.ndarray]]:
+    """Flax's arrays by their paths, named and laid out as torch's."""
+    if type(tree) is not dict or len(prefix) > 200:
+        raise ValueError(f"{file}: {prefix[:80]!r} is neither parameters nor an array")
+    for key, value in tree.items():
+        if type(value) is np.ndarray and value.dtype in _pickle.STORAGES.values():
+            value = value if value.ndim < 2 else np.moveaxis(value, (-1, -2), (0, 1))
+            yield f"{prefix}{LEAVES.get(key, key)}", value
+        else:
+            yield from _leaves(value, file, f"{prefix}{key}.")
+
+
+def _counted(module: SongUNet) -> Callable[[str], str]:
+    """The name in score_sde of an array of `SongUNet`; in both, parts are called in one order."""
+    sizes, n = _sizes(module), module.num_blocks
+    attends = [side in (module.attn_resolutions or ()) for side in _sides(module)]
+    blocks, attentions = [], []
+    for i, size in enumerate(sizes):
+        level = [f"enc.{size}_block{j}" for j in range(n)]
+        blocks += ([f"enc.{size}_down"] if i else []) + level
+        attentions += level if attends[i] else []
+    blocks += [f"dec.{sizes[-1]}_in0", f"dec.{sizes[-1]}_in1"]
+    attentions += blocks[-2:-1]
+    for i, size in reversed([*enumerate(sizes)]):
+        level = [f"dec.{size}_block{j}" for j in range(n + 1)]
+        blocks += ([f"dec.{size}_up"] if i + 1 < len(sizes) else []) + level
+        attentions += level[-1:] if attends[i] else []
+    top = {
+        "map_noise": "GaussianFourierProjection_0",
+        "map_layer0": "Dense_0",
+        "map_layer1": "Dense_1",
+        f"enc.{sizes[0]}_conv": "Conv_0",
+        f"dec.{sizes[0]}_aux_norm": "GroupNorm_0",
+        f"dec.{sizes[0]}_aux_conv": "Conv_1",
+    }
+    top |= {block: f"ResnetBlockBigGANpp_{k}" for k, block in enumerate(blocks)}
+    top |= {f"{block}.attention": f"AttnBlockpp_{k}" for k, block in enumerate(attentions)}
+    top |= {f"enc.{s}_aux_residual": f"Downsample_{k}.Conv2d_0" for k, s in enumerate(sizes[1:])}
+
+    def rename(name: str) -> str:
+        if match := re.fullmatch(r"((?:enc|dec)\.\w+(?:\.attention)?)\.(.+)\.(\w+)", name):
+            return f"{top[match[1]]}.{SCORE_SDE_LAYERS[match[2]]}.{match[3]}"
+        layer, leaf = name.rsplit(".", 1)
+        return f"{top[layer]}.{leaf.replace('freqs', 'weight')}"
+
+    return rename
 
 
 # --- Both ----------------------------------------------------------------------------------------
@@ -416,7 +587,8 @@ def _rename_adm(
 
 
 def _attention(arrays: Arrays) -> list[tuple[str, np.ndarray]]:
-    return [(key, array) for key, array in arrays.items() if key.split(".")[-2:-1] == ["qkv"]]
+    found = [(key, array) for key, array in arrays.items() if key.split(".")[-2:-1] == ["qkv"]]
+    return [(key, np.atleast_1d(array)) for key, array in found]
 
 
 def _variables(
@@ -426,7 +598,7 @@ def _variables(
     rename: Callable[[str], str],
     file: Path,
 ) -> dict[str, Any]:
-    """Parameters by their paths; parts are query, key and value, of what the file has as one."""
+    """Parameters by their paths; parts are query, key and value where the file has them as one."""
     if sum(array.nbytes for array in arrays.values()) > file.stat().st_size:
         raise ValueError(f"{file}: its arrays are larger than the file, as some share their bytes")
     expected = _weights.expected(module, file)
@@ -436,7 +608,7 @@ def _variables(
     for name, (path, shape) in expected.items():
         key, stored = names[name], _weights.stored_shape(path, shape)
         which = [f".to_{c}." in name for c in "qkv"]
-        array = parts[key][which.index(True)] if any(which) else arrays[key]
+        array = parts[key][which.index(True)] if key in parts else arrays[key]
         if array.shape[len(stored) :] in ((1,), (1, 1)):  # a convolution over one pixel
             array = array.reshape(array.shape[: len(stored)])
         if array.shape != stored or not jnp.issubdtype(array.dtype, jnp.floating):

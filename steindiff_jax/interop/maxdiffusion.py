@@ -27,7 +27,7 @@ from steindiff_jax.denoisers import PREDICTIONS
 from steindiff_jax.protocols import Batch, Scalar, Schedule, Sigmas, Solver, State, ddim
 from steindiff_jax.schedules import RectifiedFlow, VPCosine
 
-NEAR_ONE = 1 - 1e-6  # where a flow starts that is to start at t = 1
+NEAR_ONE = 1 - 2**-24  # where a flow starts that is to start at t = 1: the last float32 below it
 
 
 @pytree

@@ -51,7 +51,8 @@ class UNet2D(nn.Module):
 
     DDPM's (Ho et al. 2020, arXiv:2006.11239), ADM's (Dhariwal & Nichol 2021, arXiv:2105.05233) with
     scale_shift and resnet resampling, NCSN++ (Song et al. 2021, arXiv:2011.13456) with Skip blocks
-    and fourier times.
+    and fourier times. num_heads, of guided-diffusion alone, counts the heads of every attention in
+    place of attention_head_dim.
 
     Call: x (batch, height, width, in_channels), each side a multiple of 2^(levels - 1); t (batch,);
     class_labels (batch,) where the network knows classes, (batch, features) if "identity" embeds
@@ -94,6 +95,7 @@ class UNet2D(nn.Module):
     class_embed_type: Literal["timestep", "identity"] | None = None
     num_class_embeds: int | None = None
     num_train_timesteps: int | None = None
+    num_heads: int | None = None
 
     def example(self) -> tuple[Array, Array, Array | None]:
         """Arguments of a smallest call, as `init` takes them."""
@@ -212,6 +214,7 @@ class UNet2D(nn.Module):
 
     def _attend(self, h: Array, name: str, groups: int | None, rescale: float = 1.0) -> Array:
         width = self.attention_head_dim or h.shape[-1]
+        width = h.shape[-1] // self.num_heads if self.num_heads else width
         if width > h.shape[-1]:
             raise ValueError(f"attention_head_dim={width} exceeds the {h.shape[-1]} channels")
         attention = Attention(h.shape[-1] // width, width, groups, self.norm_eps, name=name)
