@@ -45,6 +45,9 @@ NOT_RUN = (
     "to one network (see benchmarks/fitting.py)."
 )
 
+FITTED = Path(__file__).parents[1] / "results" / "fitting.json"  # what benchmarks/fitting.py writes
+FITS = ("GITS", "grid alone (LD3)", "rows alone (S4S)", "grid and rows (GS)")  # against "all"
+
 
 def family(problem: str, guidance: float) -> str:
     return problems.kind(problem) + (", guided" if guidance > 1 else "")
@@ -144,6 +147,7 @@ def write(output: Path) -> str:
         defaults(comparison),
         "![Distance against evaluations](quality.png)",
         *([slower(records)] if records else []),
+        *fitted(FITTED),
         NOT_RUN,
         "[Every sampler, what tuning took, and times](full.md).",
     ]
@@ -239,6 +243,29 @@ def defaults(comparison: Comparison) -> str:
         if not np.isnan([value for value, _ in ratios]).all():
             lines.append([", ".join(theirs), *map(cell, ratios)])
     return metrics.table(["evaluations", *map(str, budgets)], lines)
+
+
+def fitted(path: Path) -> list[str]:
+    """All fitted together over the best of the other fits, one for all seeds; nothing without."""
+    if not path.exists():
+        return []
+    logs = defaultdict(lambda: defaultdict(dict))  # logs[problem, steps][method][seed]
+    for run in json.loads(path.read_text())["runs"]:
+        pixels, bands = np.minimum(run["distance"][:2], sweep.FAILED)
+        logs[run["problem"], run["steps"]][run["method"]][run["seed"]] = np.log(pixels * bands) / 2
+    lines = defaultdict(dict)
+    for (problem, steps), found in logs.items():
+        others = [name for name in FITS if name in found]
+        if others and "all" in found:
+            best = min(others, key=lambda name: np.mean([*found[name].values()]))
+            seeds = found["all"].keys() & found[best].keys()
+            ratio = sweep.interval([found["all"][s] - found[best][s] for s in sorted(seeds)])
+            lines[problem][steps] = f"{cell(ratio)} {best}"
+    counts = sorted({steps for line in lines.values() for steps in line})
+    rows = [[name, *(line.get(n, "") for n in counts)] for name, line in lines.items()]
+    text = "Steps, coefficients and rows fitted together, over the best of the other fits:"
+    header = ["steps", *map(str, counts)]
+    return ["## Fitted against fitted", text, metrics.table(header, rows)] if rows else []
 
 
 def everything(comparison: Comparison, rows: list[Row]) -> str:

@@ -326,6 +326,23 @@ def test_report_says_first_where_a_peer_wins(tmp_path):
     assert "The fine solve itself: 0.010." in full
 
 
+def test_fitted_against_fitted(tmp_path):
+    """By hand: of two other fits the better by both distances, on two seeds; plain is no fit."""
+    distances = {"all": [0.1, 0.4], "GITS": [0.8, 0.8], "grid alone (LD3)": [0.4, 0.4]}
+    distances |= {"plain": [0.01, 0.01]}
+    at = {"problem": "clumps", "steps": 4}
+    runs = [
+        at | {"method": method, "seed": seed, "distance": [*distance, 1.0, 1.0]}
+        for method, distance in distances.items()
+        for seed in range(2)
+    ]
+    path = tmp_path / "fitting.json"
+    assert report.fitted(path) == []
+    path.write_text(json.dumps({"runs": runs}))
+    *_, table = report.fitted(path)
+    assert "clumps | 0.50 ± 0.00 grid alone (LD3)" in table
+
+
 @pytest.mark.slow
 @THEIR_WARNINGS
 def test_the_digits_network_in_torch():
