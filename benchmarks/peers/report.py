@@ -35,12 +35,20 @@ THEIRS: list[Sampler] = [
     ("Heun (k-diffusion's formulas)", "Karras"),
     ("iPNDM-4 (diff-sampler's formulas)", "own"),
     ("AB-3 (azula)", "own"),
+    ("DDIM (dewml)", "Karras"),
+    ("DDIM (diffuse-jax)", "own"),
+    ("DDIM (hackable-diffusion)", "own"),
+    ("DPM++ 2M (MaxDiffusion)", "own"),
+    ("UniPC-2 (MaxDiffusion)", "own"),
     ("DPM-Solver-v3 (authors' formulas)", "log-SNR"),
     ("aDDIM (paper's formulas)", "log-SNR"),
 ]
 NOT_RUN = (
-    "Not run: dewml, diffuse-jax and hackable-diffusion, which need Python 3.12 and have no "
-    "adapter here; MaxDiffusion's schedulers, which are those of diffusers in Flax; DPM-Solver-v3 "
+    "Not run: a library that the versions above do not name, of which dewml, diffuse-jax and "
+    "hackable-diffusion need Python 3.12 and MaxDiffusion a checkout; dewml's RK4, PNDM and KDPM2, "
+    "the first two of four evaluations a step and the last k-diffusion's DPM-2; diffuse-jax's EDM "
+    "model, which cuts noise levels at 0.999; its Euler, hackable-diffusion's velocity step and "
+    "MaxDiffusion's flow schedulers of order 1, which on a rectified flow are DDIM; DPM-Solver-v3 "
     "on the networks, whose authors took hours of eight GPUs for its statistics; solvers fitted "
     "to one network (see benchmarks/fitting.py)."
 )
