@@ -45,10 +45,11 @@ THEIRS: list[Sampler] = [
 ]
 NOT_RUN = (
     "Not run: a library that the versions above do not name, of which dewml, diffuse-jax and "
-    "hackable-diffusion need Python 3.12 and MaxDiffusion a checkout; dewml's RK4, PNDM and KDPM2, "
-    "the first two of four evaluations a step and the last k-diffusion's DPM-2; diffuse-jax's EDM "
-    "model, which cuts noise levels at 0.999; its Euler, hackable-diffusion's velocity step and "
-    "MaxDiffusion's flow schedulers of order 1, which on a rectified flow are DDIM; DPM-Solver-v3 "
+    "hackable-diffusion need Python 3.12 and MaxDiffusion a checkout; dewml's RK4 and PNDM, of "
+    "four evaluations in every step or in the first three, and its KDPM2, k-diffusion's DPM-2; "
+    "diffuse-jax's EDM model, which cuts noise levels at 0.999; its Euler, hackable-diffusion's "
+    "velocity step and MaxDiffusion's flow schedulers of order 1, which on a rectified flow are "
+    "DDIM; MaxDiffusion's LMS and PNDM, which are those of older diffusers; DPM-Solver-v3 "
     "on the networks, whose authors took hours of eight GPUs for its statistics; solvers fitted "
     "to one network (see benchmarks/fitting.py)."
 )
