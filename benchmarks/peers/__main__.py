@@ -7,10 +7,11 @@
     python benchmarks/peers --report       # from what was run so far
 
 Same noise, same grids, same denoiser, equal evaluations. Peers go into `.venv` beside this file,
-pinned by the requirements here; --here takes those of the Python that runs it. pip's own settings
-(PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) say where to find torch's wheels without CUDA. Each problem,
-guidance and part has a file of its own in runs/: what was run elsewhere is merged by copying its
-files there. Writes report.md, full.md and quality.png.
+pinned by the requirements here; --here takes those of the Python that runs it. Three of them are
+left out under Python 3.12, and MaxDiffusion's schedulers without --maxdiffusion, a checkout. pip's
+own settings (PIP_EXTRA_INDEX_URL, PIP_FIND_LINKS) say where to find torch's wheels without CUDA.
+Each problem, guidance and part has a file of its own in runs/: what was run elsewhere is merged by
+copying its files there. Writes report.md, full.md and quality.png.
 """
 
 import argparse
@@ -29,16 +30,18 @@ sys.path[:0] = [str(HERE.parent), str(ROOT / "examples")]
 def install() -> Path:
     """The environment's Python; does nothing where the same was installed before."""
     python = ENVIRONMENT / ("Scripts" if os.name == "nt" else "bin") / "python"
-    files = [HERE / f"requirements{part}.txt" for part in ("", "-alone", "-flax")]
+    files = [HERE / f"requirements{part}.txt" for part in ("", "-alone", "-flax", "-3.12")]
     wanted = "".join(file.read_text() for file in files)
     done = ENVIRONMENT / "installed.txt"
     if done.exists() and done.read_text() == wanted:
         return python
     venv.create(ENVIRONMENT, with_pip=True, clear=True)
     pip = [str(python), "-m", "pip", "install", "--quiet"]
-    main, alone, flax = map(str, files)
+    main, alone, flax, newer = map(str, files)
     subprocess.run([*pip, "-r", main, "-e", f"{ROOT}[bench,diffrax]"], check=True)
     subprocess.run([*pip, "--no-deps", "-r", alone], check=True)
+    if sys.version_info >= (3, 12):
+        subprocess.run([*pip, "--no-deps", "-r", newer], check=True)
     target = str(ENVIRONMENT / "flax")
     subprocess.run([*pip, "--no-deps", "--target", target, "-r", flax], check=True)
     done.write_text(wanted)
@@ -65,6 +68,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=2, help="problems and parts at a time")
     parser.add_argument("--output", type=Path)
     parser.add_argument("--flax", type=Path, default=ENVIRONMENT / "flax", help="older diffusers")
+    parser.add_argument("--maxdiffusion", type=Path, help="a checkout")
     parser.add_argument("--report", action="store_true", help="write it from what was run")
     arguments = parser.parse_args()
     sizes = together.QUICK if arguments.quick else compare.Sizes()
@@ -75,7 +79,10 @@ def main() -> None:
     output = arguments.output or (HERE / "runs" / "quick" if arguments.quick else HERE)
     if not arguments.report:
         chosen = [part for part in arguments.parts if part != "time"]
-        where = output, arguments.flax
+        folders = {"flax": arguments.flax}
+        if arguments.maxdiffusion:
+            folders["maxdiffusion"] = arguments.maxdiffusion.resolve() / "src"
+        where = output, folders
         together.run(problems, chosen, sizes, arguments.jobs, *where)
         if "time" in arguments.parts:
             together.time(*where)

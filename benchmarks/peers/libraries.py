@@ -5,6 +5,7 @@ library steps with its own code; of diffusers' schedulers the sigmas are replace
 A library that is not installed has no peers here.
 """
 
+import importlib
 import importlib.util
 import math
 from collections.abc import Callable
@@ -14,7 +15,7 @@ from functools import cache, partial
 import numpy as np
 
 import steindiff_jax as sd
-from peers import dpm_v3, formulas, stabilisers
+from peers import dpm_v3, formulas, grids, stabilisers
 
 
 @dataclass(frozen=True)
@@ -411,6 +412,308 @@ def of_flax() -> list[Peer]:
     ]
 
 
+# dewml
+
+
+@cache
+def _dewml():
+    """A process whose time is sigma itself, and what a solver steps with on it, compiled."""
+    import jax
+    from dew.diffusion import DirectPredictionTransform, GeneralizedNoiseScheduler, Process
+
+    class Sigma(GeneralizedNoiseScheduler):
+        def sigmas(self, t):
+            return t
+
+        def t_of_sigma(self, sigma):
+            return sigma
+
+    process, key = Process(Sigma(), DirectPredictionTransform()), jax.random.key(0)
+
+    @partial(jax.jit, static_argnums=0)
+    def step(solver, x, t, t_next, x0, noise, state):
+        return solver.step(x, t, t_next, x0, noise, state, key, process, None)
+
+    return process, key, step
+
+
+def dewml(name: str, options: dict, denoise, x, sigmas):
+    """A solver that takes one evaluation a step, which is handed to it."""
+    import jax.numpy as jnp
+    from dew.sampling import solvers
+
+    process, key, step = _dewml()
+    x, times = jnp.asarray(x), jnp.asarray(sigmas, x.dtype)
+    solver = getattr(solvers, name)(**options)
+    state = solver.init(x, times, process, key=key)
+    for i, sigma in enumerate(sigmas[:-1]):
+        x0 = denoise(x, sigma)
+        t, t_next = (jnp.full(len(x), times[j]) for j in (i, i + 1))
+        x, state = step(solver, x, t, t_next, x0, (x - x0) / x.dtype.type(sigma), state)
+    return x
+
+
+def dewml_heun(denoise, x, sigmas):
+    """Heun, which evaluates for itself, and the denoiser where that ends, as its `sample` does."""
+    import jax.numpy as jnp
+    from dew.sampling import solvers
+
+    process, key, _ = _dewml()
+
+    def both(x, t):
+        x0 = denoise(x, float(t[0]))
+        return x0, (x - x0) / t[0]
+
+    x, times = jnp.asarray(x), jnp.asarray(sigmas, x.dtype)
+    for i in range(len(sigmas) - 2):
+        t, t_next = (jnp.full(len(x), times[j]) for j in (i, i + 1))
+        x, _ = solvers.Heun().step(x, t, t_next, *both(x, t), (), key, process, both)
+    return denoise(x, sigmas[-2])
+
+
+def of_dewml() -> list[Peer]:
+    dpm, grouped = "DPMSolverMultistep", "DPMSolverSinglestep"
+    methods = {
+        "DDIM": ("DDIM", {}, False),  # what its pipelines take
+        "DPM++ 2M": (dpm, {"order": 2}, False),
+        "DPM++ 3M": (dpm, {"order": 3}, False),
+        "DPM++ 2S grouped": (grouped, {"order": 2}, True),
+        "DPM++ 3S grouped": (grouped, {"order": 3}, True),
+        "UniPC-2": ("UniPC", {"order": 2}, False),
+        "UniPC-3": ("UniPC", {"order": 3}, False),
+        "DEIS-3": ("DEIS", {"order": 3}, True),
+        "LMS-4": ("LMS", {"order": 4}, False),
+        "FlaxDiff's multistep": ("MultiStepDPM", {}, True),
+    }
+    made = partial(Peer, "dewml", arrays="jax")
+    peers = [
+        made(method, partial(dewml, name, options), network=network)
+        for method, (name, options, network) in methods.items()
+    ]
+    return [*peers, made("Heun", dewml_heun, stages=2, network=False)]
+
+
+# diffuse-jax
+
+
+def flow_grid(steps: int) -> np.ndarray:
+    """Equidistant times of a rectified flow, then 0.
+
+    So diffuse-jax and hackable-diffusion space theirs, from 1 down; here between the ends of all.
+    """
+    first, last = (sigma / (1 + sigma) for sigma in grids.ENDS)
+    times = np.linspace(first, last, steps)
+    return np.append(times / (1 - times), 0.0)
+
+
+@cache
+def _diffuse_step(name: str, prediction: str):
+    """(denoiser, x, times, i) -> x and its evaluations, by a step of an integrator on its Flow.
+
+    prediction: what the integrator steps with, so that nothing is converted, which adds 1e-8 to
+    squares of the noise level.
+    """
+    import jax
+    from diffuse import integrator
+    from diffuse.diffusion.sde import Flow
+    from diffuse.predictor import Predictor
+    from diffuse.timer import VpTimer
+
+    class Table(VpTimer):
+        """The given times."""
+
+        def __init__(self, times):
+            super().__init__(len(times) - 1, times[-1], times[0])
+            self.times = times
+
+        def __call__(self, step):
+            return self.times[step]
+
+    @jax.jit
+    def step(denoiser, x, times, i):
+        calls = 0
+
+        def network(x, t):
+            nonlocal calls
+            calls += 1
+            x0 = denoiser(x / (1 - t), t / (1 - t))
+            noise = (x - (1 - t) * x0) / t
+            return {"noise": noise, "score": -noise / t, "velocity": noise - x0}[prediction]
+
+        state = integrator.IntegratorState(x, jax.random.key(0), i)
+        predictor = Predictor(Flow(), network, prediction)
+        made = getattr(integrator, name)(model=Flow(), timer=Table(times))
+        return made(state, predictor).position, calls
+
+    return step
+
+
+def diffuse(name: str, prediction: str, denoise, x, sigmas):
+    """Down to the smallest level, then the denoiser: its Flow has no levels under 0.001."""
+    step, sigma = _diffuse_step(name, prediction), np.asarray(sigmas[:-1], x.dtype)
+    x, times = x / (1 + sigma[0]), sigma / (1 + sigma)
+    for i in range(len(times) - 1):
+        x, calls = step(denoise.denoiser, x, times, i)
+        denoise.calls += int(calls)
+    return denoise(x * (1 + sigma[-1]), sigmas[-2])
+
+
+def of_diffuse() -> list[Peer]:
+    # Its Euler is its DDIM, and its EDM model cuts noise levels at 0.999.
+    methods = {
+        "DDIM": ("DDIMIntegrator", "noise", 1),
+        "Heun in flow time": ("HeunIntegrator", "velocity", 2),
+        "DPM++ 2S, middle in flow time": ("DPMpp2sIntegrator", "score", 2),
+    }
+    made = partial(Peer, "diffuse-jax", arrays="jax", own_grid=flow_grid)
+    return [
+        made(method, partial(diffuse, name, kind), stages=stages, network=stages > 1)
+        for method, (name, kind, stages) in methods.items()
+    ]
+
+
+# hackable-diffusion
+
+
+@cache
+def _hackable(name: str, points: tuple[float, ...]):
+    """A stepper on alpha = 1 and sigma = t, its compiled steps, and what it is told of each."""
+    import jax
+    import jax.numpy as jnp
+    from hackable_diffusion.lib import corruption, sampling
+
+    class Sigma(corruption.GaussianSchedule):
+        def alpha(self, time):
+            return jnp.ones_like(time)
+
+        def sigma(self, time):
+            return time
+
+    class Table:
+        def all_step_infos(self, rng, num_steps, data_spec):
+            dtype, ones = data_spec.dtype, (1,) * data_spec.ndim
+            times = jnp.asarray(points, dtype).reshape(num_steps, *ones)
+            keys = jax.random.split(rng, num_steps)
+            return sampling.StepInfo(step=jnp.arange(num_steps), time=times, rng=keys)
+
+    options = {"corruption_process": corruption.GaussianProcess(schedule=Sigma())}
+    if name == "DDIMStep":
+        options["stoch_coeff"] = 0.0
+    if name == "HeunStep":
+        options |= {"time_schedule": Table(), "num_steps": len(points)}
+    stepper = getattr(sampling, name)(**options)
+    return stepper, jax.jit(stepper.update), jax.jit(stepper.finalize), Table().all_step_infos
+
+
+def hackable(name: str, denoise, x, sigmas):
+    """Its loop; Heun counts the half of a step as one, and its last has no other half."""
+    import jax
+    import jax.numpy as jnp
+
+    points = [s for s in sigmas[:-1] for _ in range(2)] if name == "HeunStep" else sigmas
+    points = (*points[:-1], sigmas[-1])
+    stepper, update, finalize, told = _hackable(name, points)
+    told = told(jax.random.key(0), len(points), x)
+    infos = [jax.tree.map(lambda leaf, i=i: leaf[i], told) for i in range(len(points))]
+    step = stepper.initialize(jnp.asarray(x), infos[0])
+    for i, info in enumerate(infos[1:], 2):
+        x0 = denoise(step.xt, float(step.step_info.time.item()))
+        step = (update if i < len(infos) else finalize)({"x0": x0}, step, info)
+    return step.xt
+
+
+def of_hackable() -> list[Peer]:
+    made = partial(Peer, "hackable-diffusion", arrays="jax", own_grid=flow_grid)
+    return [
+        made("DDIM", partial(hackable, "DDIMStep"), network=False),
+        made("aDDIM", partial(hackable, "AdjustedDDIMStep")),
+        made("Heun", partial(hackable, "HeunStep"), stages=2, network=False),
+    ]
+
+
+# MaxDiffusion's schedulers, of a checkout
+
+
+MAX_DDIM = "ddim_flax FlaxDDIMScheduler"
+MAX_EULER = "euler_discrete_flax FlaxEulerDiscreteScheduler"
+
+
+@cache
+def _maxdiffusion(name: str, options: tuple, dtype):
+    """A scheduler and its compiled step."""
+    import jax
+
+    module, cls = name.split()
+    module = importlib.import_module(f"maxdiffusion.schedulers.scheduling_{module}")
+    scheduler = getattr(module, cls)(dtype=dtype, **dict(options))
+    return scheduler, jax.jit(partial(scheduler.step, return_dict=False))
+
+
+def _with_levels(state, sigmas):
+    """A scheduler's state on these levels and integer times that count them, wherever it looks."""
+    import jax.numpy as jnp
+
+    sigmas = jnp.asarray(sigmas)
+    times = jnp.arange(len(sigmas) - 1, 0, -1)
+    if hasattr(state, "sigmas"):
+        return state.replace(sigmas=sigmas, timesteps=times.astype(jnp.int32))
+    levels = sigmas[::-1]  # by time
+    alphas = 1 / (1 + levels**2)
+    if hasattr(state, "final_alpha_cumprod"):
+        common = state.common.replace(alphas_cumprod=alphas[1:])
+        return state.replace(common=common, timesteps=times - 1)
+    alpha, log_snr = jnp.sqrt(alphas), -jnp.log(levels)
+    tables = {"alpha_t": alpha, "sigma_t": levels * alpha, "lambda_t": log_snr}
+    return state.replace(timesteps=times, **tables)
+
+
+def maxdiffusion(name: str, options: dict, denoise, x, sigmas):
+    """All but Euler are fed with x0, and their state is x / sqrt(1 + sigma^2)."""
+    steps = len(sigmas) - 1
+    if name == MAX_DDIM:  # its step is a share of all times
+        options = options | {"num_train_timesteps": steps}
+    scheduler, step = _maxdiffusion(name, tuple(options.items()), x.dtype)
+    state = scheduler.set_timesteps(scheduler.create_state(), steps, x.shape)
+    state = _with_levels(state, sigmas)
+    for sigma, sigma_next, t in zip(sigmas, sigmas[1:], state.timesteps, strict=False):
+        x0 = denoise(x, sigma)
+        if name == MAX_EULER:
+            x, state = step(state, (x - x0) / x.dtype.type(sigma), t, x)
+        else:
+            norm, norm_next = (x.dtype.type(math.hypot(1.0, s)) for s in (sigma, sigma_next))
+            x, state = step(state, x0, t, x / norm)
+            x = x * norm_next
+    return x
+
+
+def maxdiffusion_sigmas(name: str, options: dict, steps: int) -> np.ndarray:
+    scheduler, _ = _maxdiffusion(name, tuple(options.items()), np.dtype("float32"))
+    state = scheduler.create_state()
+    alphas = np.asarray(state.common.alphas_cumprod, np.float64)
+    state = scheduler.set_timesteps(state, steps, (1,))
+    if hasattr(state, "sigmas"):
+        return np.asarray(state.sigmas, np.float64)
+    levels = np.sqrt((1 - alphas) / alphas)
+    last = 0.0 if name == MAX_DDIM else levels[0]
+    return np.append(levels[np.asarray(state.timesteps)], last)
+
+
+def of_maxdiffusion() -> list[Peer]:
+    def made(method, name, options, **rest):
+        own = partial(maxdiffusion_sigmas, name, options)
+        run = partial(maxdiffusion, name, options)
+        return Peer("MaxDiffusion", method, run, arrays="jax", own_grid=own, **rest)
+
+    second = {"solver_order": 2, "prediction_type": "sample"}
+    dpm = "dpmsolver_multistep_flax FlaxDPMSolverMultistepScheduler"
+    return [
+        made("DPM++ 2M", dpm, second, to_zero=False),  # from 15 steps on, NaN at 0
+        made("UniPC-2", "unipc_multistep_flax FlaxUniPCMultistepScheduler", second),
+        made("DDIM", MAX_DDIM, {"prediction_type": "sample"}, network=False),
+        made("Euler", MAX_EULER, {}, network=False),
+    ]
+
+
 # This library
 
 
@@ -452,7 +755,8 @@ def of_ours() -> list[Peer]:
     ]
 
 
-# Name -> what must be installed, and its samplers. The Flax ones need a diffusers of their own.
+# Name -> what must be installed, and its samplers. The Flax ones need a diffusers of their own;
+# MaxDiffusion is a checkout.
 PARTS = {
     "ours": ((), of_ours),
     "formulas": ((), of_formulas),
@@ -461,6 +765,10 @@ PARTS = {
     "azula": (("azula", "torch"), of_azula),
     "diffrax": (("diffrax",), of_diffrax),
     "flax": (("diffusers",), of_flax),
+    "dewml": (("dew",), of_dewml),
+    "diffuse-jax": (("diffuse",), of_diffuse),
+    "hackable-diffusion": (("hackable_diffusion", "kauldron"), of_hackable),
+    "maxdiffusion": (("maxdiffusion",), of_maxdiffusion),
 }
 
 

@@ -35,15 +35,27 @@ THEIRS: list[Sampler] = [
     ("Heun (k-diffusion's formulas)", "Karras"),
     ("iPNDM-4 (diff-sampler's formulas)", "own"),
     ("AB-3 (azula)", "own"),
+    ("DDIM (dewml)", "Karras"),
+    ("DDIM (diffuse-jax)", "own"),
+    ("DDIM (hackable-diffusion)", "own"),
+    ("DPM++ 2M (MaxDiffusion)", "own"),
+    ("UniPC-2 (MaxDiffusion)", "own"),
     ("DPM-Solver-v3 (authors' formulas)", "log-SNR"),
     ("aDDIM (paper's formulas)", "log-SNR"),
 ]
 NOT_RUN = (
-    "Not run: dewml, diffuse-jax and hackable-diffusion, which need Python 3.12 and have no "
-    "adapter here; MaxDiffusion's schedulers, which are those of diffusers in Flax; DPM-Solver-v3 "
+    "Not run: a library that the versions above do not name, of which dewml, diffuse-jax and "
+    "hackable-diffusion need Python 3.12 and MaxDiffusion a checkout; dewml's RK4 and PNDM, of "
+    "four evaluations in every step or in the first three, and its KDPM2, k-diffusion's DPM-2; "
+    "diffuse-jax's EDM model, which cuts noise levels at 0.999; its Euler, hackable-diffusion's "
+    "velocity step and MaxDiffusion's flow schedulers of order 1, which on a rectified flow are "
+    "DDIM; MaxDiffusion's LMS and PNDM, which are those of older diffusers; DPM-Solver-v3 "
     "on the networks, whose authors took hours of eight GPUs for its statistics; solvers fitted "
     "to one network (see benchmarks/fitting.py)."
 )
+
+FITTED = Path(__file__).parents[1] / "results" / "fitting.json"  # what benchmarks/fitting.py writes
+FITS = ("GITS", "grid alone (LD3)", "rows alone (S4S)", "grid and rows (GS)")  # against "all"
 
 
 def family(problem: str, guidance: float) -> str:
@@ -144,6 +156,7 @@ def write(output: Path) -> str:
         defaults(comparison),
         "![Distance against evaluations](quality.png)",
         *([slower(records)] if records else []),
+        *fitted(FITTED),
         NOT_RUN,
         "[Every sampler, what tuning took, and times](full.md).",
     ]
@@ -239,6 +252,29 @@ def defaults(comparison: Comparison) -> str:
         if not np.isnan([value for value, _ in ratios]).all():
             lines.append([", ".join(theirs), *map(cell, ratios)])
     return metrics.table(["evaluations", *map(str, budgets)], lines)
+
+
+def fitted(path: Path) -> list[str]:
+    """All fitted together over the best of the other fits, one for all seeds; nothing without."""
+    if not path.exists():
+        return []
+    logs = defaultdict(lambda: defaultdict(dict))  # logs[problem, steps][method][seed]
+    for run in json.loads(path.read_text())["runs"]:
+        pixels, bands = np.minimum(run["distance"][:2], sweep.FAILED)
+        logs[run["problem"], run["steps"]][run["method"]][run["seed"]] = np.log(pixels * bands) / 2
+    lines = defaultdict(dict)
+    for (problem, steps), found in logs.items():
+        others = [name for name in FITS if name in found]
+        if others and "all" in found:
+            best = min(others, key=lambda name: np.mean([*found[name].values()]))
+            seeds = found["all"].keys() & found[best].keys()
+            ratio = sweep.interval([found["all"][s] - found[best][s] for s in sorted(seeds)])
+            lines[problem][steps] = f"{cell(ratio)} {best}"
+    counts = sorted({steps for line in lines.values() for steps in line})
+    rows = [[name, *(line.get(n, "") for n in counts)] for name, line in lines.items()]
+    text = "Steps, coefficients and rows fitted together, over the best of the other fits:"
+    header = ["steps", *map(str, counts)]
+    return ["## Fitted against fitted", text, metrics.table(header, rows)] if rows else []
 
 
 def everything(comparison: Comparison, rows: list[Row]) -> str:

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import platform
+import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
@@ -33,7 +34,10 @@ QUICK = compare.Sizes(
 )
 QUICK_PROBLEMS = ("few clumps", "grey patches 8x8", "digits network")
 LONGEST = ("images network", "spectrum k^-2, 32x32x3")  # are begun first
-NAMES = ("torch", "diffusers", "azula", "diffrax", "jax", "jaxlib", "numpy", "steindiff_jax")
+NAMES = (
+    *("torch", "diffusers", "azula", "diffrax", "dewml", "diffuse-jax", "hackable-diffusion"),
+    *("jax", "jaxlib", "numpy", "steindiff_jax"),
+)
 
 
 def file(output: Path, name: str, guidance: float, part: str) -> Path:
@@ -42,19 +46,19 @@ def file(output: Path, name: str, guidance: float, part: str) -> Path:
     return output / "runs" / f"{words}_{guidance:g}_{part}.jsonl"
 
 
-def prepare(flax: Path | None = None) -> None:
-    """Of a new process: the older diffusers first where it is asked for; one thread."""
-    if flax is not None:
-        sys.path.insert(0, str(flax))
+def prepare(folder: Path | None = None) -> None:
+    """Of a new process: what a part has in a folder of its own first; one thread of torch."""
+    if folder is not None:
+        sys.path.insert(0, str(folder))
     elif libraries.installed("torch"):
         import torch
 
         torch.set_num_threads(1)
 
 
-def one(name: str, guidance: float, part: str, sizes, output: Path, flax: Path) -> str:
+def one(name: str, guidance: float, part: str, sizes, output: Path, folder: Path | None) -> str:
     """What went wrong, or nothing."""
-    prepare(flax if part == "flax" else None)
+    prepare(folder)
     try:
         compare.run(name, guidance, part, sizes, file(output, name, guidance, part))
     except FileNotFoundError as error:
@@ -64,11 +68,14 @@ def one(name: str, guidance: float, part: str, sizes, output: Path, flax: Path) 
     return ""
 
 
-def run(problems, parts, sizes, jobs: int, output: Path, flax: Path) -> None:
-    """Write rows into `output`/runs, and facts.json; what is there already is not run again."""
+def run(problems, parts, sizes, jobs: int, output: Path, folders: dict[str, Path]) -> None:
+    """Write rows into `output`/runs, and facts.json; what is there already is not run again.
+
+    folders: of the parts that are not installed with the others, where they are.
+    """
     (output / "runs").mkdir(parents=True, exist_ok=True)
-    (output / "facts.json").write_text(json.dumps(facts(sizes, flax), indent=1))
-    parts = [part for part in parts if part != "flax" or flax.exists()]
+    (output / "facts.json").write_text(json.dumps(facts(sizes, folders), indent=1))
+    parts = [part for part in parts if part not in folders or folders[part].exists()]
     tasks = [
         (name, w, part)
         for part, name in itertools.product(parts, problems)
@@ -79,15 +86,16 @@ def run(problems, parts, sizes, jobs: int, output: Path, flax: Path) -> None:
     # Hundreds of compiled programs in one process exhaust its memory maps.
     spawn = {"mp_context": get_context("spawn"), "max_tasks_per_child": 1}
     with ProcessPoolExecutor(jobs, **spawn) as pool:
-        futures = [pool.submit(one, *task, sizes, output, flax) for task in tasks]
+        futures = [pool.submit(one, *task, sizes, output, folders.get(task[-1])) for task in tasks]
         for future in tqdm(as_completed(futures), total=len(futures)):
             if message := future.result():
                 print(message, file=sys.stderr)
     del os.environ["NPROC"]
 
 
-def time(output: Path, flax: Path, repeats: int = 15, alone: int = 99) -> None:
+def time(output: Path, folders: dict[str, Path], repeats: int = 15, alone: int = 99) -> None:
     """Write speed.json, on a machine that does nothing else."""
+    flax = folders["flax"]
     kinds = [("jax", "torch") if libraries.installed("azula") else ("jax",)]
     kinds += [("flax",)] if flax.exists() else []
     records = []
@@ -102,7 +110,7 @@ def _path(flax: Path | None) -> None:
         sys.path.insert(0, str(flax))
 
 
-def facts(sizes: compare.Sizes, flax: Path) -> dict:
+def facts(sizes: compare.Sizes, folders: dict[str, Path]) -> dict:
     """Of this run: date, machine, versions, sizes."""
     versions = {}
     for name in NAMES:
@@ -110,8 +118,12 @@ def facts(sizes: compare.Sizes, flax: Path) -> dict:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    found = importlib.metadata.distributions(name="diffusers", path=[str(flax)])
+    found = importlib.metadata.distributions(name="diffusers", path=[str(folders["flax"])])
     versions["diffusers (Flax)"] = next((d.version for d in found), None)
+    if "maxdiffusion" in folders:
+        git = ["git", "-C", str(folders["maxdiffusion"]), "rev-parse", "--short", "HEAD"]
+        commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
+        versions["MaxDiffusion"] = commit or "of no known commit"
     processor, information = platform.processor(), Path("/proc/cpuinfo")
     if information.exists():
         models = [x for x in information.read_text().splitlines() if x.startswith("model name")]

@@ -1,7 +1,11 @@
 """The comparison with other samplers: its formulas and mathematics, and the peers if any."""
 
+import itertools
 import json
+import os
+import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -310,7 +314,7 @@ def test_report_says_first_where_a_peer_wins(tmp_path):
     put(rows, tmp_path / "runs" / "all.jsonl")
     assert compare.read(tmp_path / "runs" / "all.jsonl") == rows
     (tmp_path / "speed.json").write_text(json.dumps(records()))
-    known = together.facts(compare.Sizes(), tmp_path / "none")
+    known = together.facts(compare.Sizes(), {"flax": tmp_path / "none"})
     (tmp_path / "facts.json").write_text(json.dumps(known))
     text = report.write(tmp_path)
     assert (tmp_path / "report.md").read_text() == text
@@ -324,6 +328,23 @@ def test_report_says_first_where_a_peer_wins(tmp_path):
     full = (tmp_path / "full.md").read_text()
     assert "broken, Karras: in 1 of 1 runs" in full
     assert "The fine solve itself: 0.010." in full
+
+
+def test_fitted_against_fitted(tmp_path):
+    """By hand: of two other fits the better by both distances, on two seeds; plain is no fit."""
+    distances = {"all": [0.1, 0.4], "GITS": [0.8, 0.8], "grid alone (LD3)": [0.4, 0.4]}
+    distances |= {"plain": [0.01, 0.01]}
+    at = {"problem": "clumps", "steps": 4}
+    runs = [
+        at | {"method": method, "seed": seed, "distance": [*distance, 1.0, 1.0]}
+        for method, distance in distances.items()
+        for seed in range(2)
+    ]
+    path = tmp_path / "fitting.json"
+    assert report.fitted(path) == []
+    path.write_text(json.dumps({"runs": runs}))
+    *_, table = report.fitted(path)
+    assert "clumps | 0.50 ± 0.00 grid alone (LD3)" in table
 
 
 @pytest.mark.slow
@@ -373,6 +394,84 @@ def test_libraries_take_the_steps_that_their_names_say():
         assert_allclose(x, ours, rtol=0, atol=1e-4, err_msg=name)
 
 
+def batch_addim(denoise, x, sigmas):
+    """hackable-diffusion's: the length of the noise is a mean over the batch too."""
+    return formulas.addim(lambda x, sigma: denoise(x[0], sigma)[None], x[None], sigmas)[0]
+
+
+def grouped(denoise, x, sigmas):
+    """Two steps of one evaluation, the middle on the grid, are one of DPM++ 2S on this one."""
+    return formulas.dpmpp_2s(denoise, x, [*sigmas[:-1:2], sigmas[-1]])
+
+
+def in_flow_time(middle: bool, denoise, x, sigmas):
+    """Heun in t = sigma / (1 + sigma), or DPM++ 2S with the middle of that; then the denoiser."""
+    for sigma, sigma_next in itertools.pairwise(sigmas[:-1]):
+        t, t_next = sigma / (1 + sigma), sigma_next / (1 + sigma_next)
+        x0 = denoise(x, sigma)
+        if middle:
+            t_mid = (t + t_next) / 2
+            sigma_mid = t_mid / (1 - t_mid)
+            x_mid = denoise(x0 + sigma_mid / sigma * (x - x0), sigma_mid)
+            share = np.log(sigma / sigma_mid) / np.log(sigma / sigma_next)
+            clean = x0 + (x_mid - x0) / (2 * share)
+            x = clean + sigma_next / sigma * (x - clean)
+        else:
+            y = x * (1 - t)
+            slope = (y - x0) / t
+            end = y + (t_next - t) * slope
+            slope_next = (end - denoise(end / (1 - t_next), sigma_next)) / t_next
+            x = (y + (t_next - t) * (slope + slope_next) / 2) / (1 - t_next)
+    return denoise(x, sigmas[-2])
+
+
+SAME = {
+    "DDIM": formulas.euler,
+    "Euler": formulas.euler,
+    "Heun": formulas.heun,
+    "DPM++ 2M": stabilisers.LOWER,
+    "DPM++ 3M": sd.DPMpp3M(kind="midpoint", lower_order_final=True),
+    "UniPC-2": sd.UniPC(2),
+    "UniPC-3": sd.UniPC(3),
+    "LMS-4": formulas.lms,
+    "aDDIM": batch_addim,
+    "DPM++ 2S grouped": grouped,
+    "Heun in flow time": partial(in_flow_time, False),
+    "DPM++ 2S, middle in flow time": partial(in_flow_time, True),
+}
+
+
+@pytest.mark.slow
+@THEIR_WARNINGS
+@pytest.mark.parametrize("part", ["dewml", "diffuse-jax", "hackable-diffusion", "maxdiffusion"])
+def test_libraries_in_jax(part):
+    """As many evaluations as they should take; by formulas, by ours, or near to a fine solve."""
+    if part == "maxdiffusion" and "MAXDIFFUSION" in os.environ:
+        sys.path.append(str(Path(os.environ["MAXDIFFUSION"]) / "src"))
+    peers = libraries.of(part)
+    if not peers:
+        pytest.skip(f"{part} is not installed")
+    problem = problems.exact(problems.ring(), draws=100)
+    start = np.random.default_rng(0).standard_normal((20, 2))
+    denoise = compare.Counted(problem.denoiser, "numpy")
+    for peer in peers:
+        steps = peer.steps(7 if peer.method in SAME else 60)
+        sigmas = grids.of(peer, steps)["log-SNR"]
+        with jax.numpy_rank_promotion("allow"):
+            x, calls = compare.draw(peer, problem.denoiser, start, sigmas, {})
+        assert calls == (peer.stages * (steps - 1) + 1 if peer.to_zero else steps), peer.name
+        reference, first = SAME.get(peer.method, sd.DDIM()), sigmas[0] * start
+        if isinstance(reference, sd.Solver):
+            grid = sigmas if peer.method in SAME else sd.log_snr_sigmas(4000)
+            solved = {"sigmas": grid, "solver": reference, "x_init": first}
+            expected = sd.sample(jax.random.key(0), problem.denoiser, **solved).x
+        else:
+            expected = reference(denoise, first, [float(s) for s in sigmas])
+        error = np.abs(x - np.asarray(expected)).max()
+        print(f"{peer.name}: {error:.1e}")  # pytest -rP shows it
+        assert error < (1e-6 if peer.method in SAME else 0.01), peer.name
+
+
 @pytest.mark.slow
 @THEIR_WARNINGS
 def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
@@ -398,7 +497,8 @@ def test_what_was_stopped_goes_on(tmp_path, monkeypatch):
     assert sorted(r for r in rows if r.seed == 0) == sorted(first)
     everything = compare.read(*path.parent.glob("*.jsonl"))
     assert all(r.taken <= r.evaluations for r in everything if r.side != "fine")
-    (tmp_path / "facts.json").write_text(json.dumps(together.facts(sizes, tmp_path / "none")))
+    known = together.facts(sizes, {"flax": tmp_path / "none"})
+    (tmp_path / "facts.json").write_text(json.dumps(known))
     assert "| images, guided |" in report.write(tmp_path)
 
 
