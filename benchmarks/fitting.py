@@ -106,6 +106,12 @@ REFERENCES = {
 METHODS = [*REFERENCES, "GITS", *FITS]
 
 
+def geometric_mean(logs: np.ndarray) -> str:
+    """Over the seeds that were run."""
+    found = logs[np.isfinite(logs)]
+    return f"{math.exp(found.mean()):.3f}" if found.size else ""
+
+
 def show(runs: list[dict]) -> None:
     measures = metrics.Distance._fields[:3]
     methods = [name for name in METHODS if any(run["method"] == name for run in runs)]
@@ -130,11 +136,9 @@ def show(runs: list[dict]) -> None:
     for measure in measures:
         lines = []
         for method in methods:
-            cells = [
-                np.mean([logs.get((method, *case, s, measure), math.nan) for s in seeds])
-                for case in cases
-            ]
-            lines.append([method, *(f"{math.exp(cell):.3f}" for cell in cells)])
+            every = ((method, *case, s, measure) for case in cases for s in seeds)
+            cells = np.array([logs.get(run, math.nan) for run in every]).reshape(len(cases), -1)
+            lines.append([method, *map(geometric_mean, cells)])
         for a, b in (("all", "closed form"), ("closed form", "grid alone (LD3)")):
             cells = [ratio(a, b, *case, measure) for case in cases]
             lines.append([f"{a} / {b}", *map(sweep.shown, cells)])

@@ -84,7 +84,7 @@ from steindiff_jax.stein import (
     from_probes,
 )
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "APG",
