@@ -121,7 +121,8 @@ def facts(sizes: compare.Sizes, folders: dict[str, Path]) -> dict:
     found = importlib.metadata.distributions(name="diffusers", path=[str(folders["flax"])])
     versions["diffusers (Flax)"] = next((d.version for d in found), None)
     if "maxdiffusion" in folders:
-        git = ["git", "-C", str(folders["maxdiffusion"]), "rev-parse", "--short", "HEAD"]
+        directory = folders["maxdiffusion"].parent / ".git"
+        git = ["git", "--git-dir", str(directory), "rev-parse", "--short", "HEAD"]
         commit = subprocess.run(git, check=False, capture_output=True, text=True).stdout.strip()
         versions["MaxDiffusion"] = commit or "of no known commit"
     processor, information = platform.processor(), Path("/proc/cpuinfo")
