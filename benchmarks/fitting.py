@@ -6,7 +6,8 @@ better of the two grids. GITS: iPNDM-3 on a grid by dynamic programming. Fitted:
 (as LD3), the rows alone (as S4S), both (as GS), all together from the closed form. "40 steps" is
 what they imitate, and as far from the law as so few samples are in any case. Each seed has a
 fit of its own; distances are those of `metrics.Distance`, on noise that no fit has seen. What
-loses is printed first. Writes results/fitting.json; --read prints such a file.
+loses is printed first. Writes results/fitting.json; --read prints such a file. --transfer: how far
+a fit carries to other guidance, and its grid to other numbers of steps.
 """
 
 import argparse
@@ -71,21 +72,23 @@ class Bench:
             found.append(self.distances(np.asarray(x), draw))
         return np.exp(np.log(np.array(found)).mean(axis=0))
 
+    def fit(self, method: str, seed: int):
+        """The solver and its grid."""
+        key, shape = jax.random.key(100 + seed), (self.batch, *self.distances.event)
+        if method == "GITS":
+            return INNER, sd.gits_sigmas(key, self.denoiser, shape, self.steps, TEACHER)
+        start, (solver, parts) = sd.karras_sigmas(self.steps), FITS[method]
+        options = {"parts": parts, "teacher": TEACHER, "iterations": self.a.iterations}
+        fitted = sd.fit(key, self.denoiser, shape, start, solver, **options)
+        return fitted, fitted.sigmas
+
     def run(self, method: str, seed: int) -> dict:
         """Its distances; of a fit also the grid, minutes and megabytes."""
         if method in REFERENCES:
             found = [self.judge(solver, grid, seed) for solver, grid in REFERENCES[method](self)]
             return {"distance": np.min(found, axis=0).tolist()}  # each of the best by itself
-        key, shape = jax.random.key(100 + seed), (self.batch, *self.distances.event)
         before, begun = peak(reset=True), time.perf_counter()
-        if method == "GITS":
-            solver = INNER
-            sigmas = sd.gits_sigmas(key, self.denoiser, shape, self.steps, TEACHER)
-        else:
-            start, (solver, parts) = sd.karras_sigmas(self.steps), FITS[method]
-            options = {"parts": parts, "teacher": TEACHER, "iterations": self.a.iterations}
-            solver = sd.fit(key, self.denoiser, shape, start, solver, **options)
-            sigmas = solver.sigmas
+        solver, sigmas = self.fit(method, seed)
         minutes, megabytes = (time.perf_counter() - begun) / 60, peak() - before
         return {
             "distance": self.judge(solver, sigmas, seed).tolist(),
@@ -154,6 +157,45 @@ def show(runs: list[dict]) -> None:
     print(metrics.table(["", "minutes", "MB"], lines))
 
 
+def interpolated(sigmas, steps: int) -> np.ndarray:
+    """A grid at another number of steps: log sigma, but for the 0, at equidistant places."""
+    logs = np.log(np.asarray(sigmas)[:-1])
+    places = np.linspace(0, len(logs) - 1, steps)
+    return np.append(np.exp(np.interp(places, np.arange(len(logs)), logs)), 0.0)
+
+
+def transfer(a: argparse.Namespace) -> None:
+    """Fits to the first problem with the first number of steps, over the closed form elsewhere."""
+    (first, *others), (steps, *more), logs = a.problems, a.steps, {}
+
+    def prepared(name: str):
+        half = "tune" if name in problems.HALVES["tune"] else "report"
+        return sweep.prepared(half, name, a.samples)
+
+    def compare(bench: Bench, where: str, solver, sigmas, seed: int) -> None:
+        closed = bench.run("closed form", seed)["distance"]
+        logs.setdefault(where, []).append(np.log(bench.judge(solver, sigmas, seed) / closed))
+
+    fits = []
+    with prepared(first) as distances:
+        for seed in range(a.seeds):
+            fits.append(Bench(distances, steps, a).fit("all", seed))
+            compare(Bench(distances, steps, a), f"{first}, {steps} steps", *fits[-1], seed)
+            for k in more:
+                solver, sigmas = FITS["all"][0], interpolated(fits[-1][1], k)
+                compare(Bench(distances, k, a), f"its grid at {k} steps", solver, sigmas, seed)
+    for other in others:
+        with prepared(other) as distances:
+            for seed, fit in enumerate(fits):
+                compare(Bench(distances, steps, a), f"{other}, {steps} steps", *fit, seed)
+    measures = metrics.Distance._fields[:3]
+    cells = [
+        [where, *(sweep.shown(sweep.interval(list(v))) for v in np.array(found).T[:3])]
+        for where, found in logs.items()
+    ]
+    print(metrics.table(["fitted / closed form", *measures], cells))
+
+
 def main() -> None:
     here = Path(__file__).parent
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -167,11 +209,15 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=300)
     parser.add_argument("--quick", action="store_true", help=f"stands for {shlex.join(QUICK)}")
     parser.add_argument("--output", type=Path, default=here / "results" / "fitting.json")
+    parser.add_argument("--transfer", action="store_true")
     parser.add_argument("--read", type=Path, nargs="*", help="results of earlier runs")
     given = sys.argv[1:]
     arguments = parser.parse_args([*QUICK, *given] if "--quick" in given else given)
     if arguments.read is not None:
         show([run for path in arguments.read for run in json.loads(path.read_text())["runs"]])
+        return
+    if arguments.transfer:
+        transfer(arguments)
         return
     command = "python " + shlex.join(["benchmarks/" + Path(sys.argv[0]).name, *given])
     content = {"command": command, "distances": metrics.Distance._fields, "runs": []}
