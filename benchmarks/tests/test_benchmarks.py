@@ -241,7 +241,7 @@ def test_length_only_has_the_length_of_the_exact_step(delta):
     assert not drift.any()
 
 
-FITTING = ["--problems", "few clumps", "--samples", "20", "--steps", "3", "--iterations", "2"]
+FITTING = ["--problems", "few clumps", "--samples", "20", "--iterations", "2", "--steps", "3"]
 
 
 @pytest.mark.slow
@@ -251,6 +251,11 @@ FITTING = ["--problems", "few clumps", "--samples", "20", "--steps", "3", "--ite
         (cost, ["--tiny"], "| attention 4 | one probe, secant |"),
         (precision, ["--samples", "16", "--steps", "3", "--draws", "2"], "| 3 | probes | 4 |"),
         (fitting, [*FITTING, "--seeds", "1", "--draws", "1", "--output", os.devnull], "| GITS |"),
+        (
+            fitting,
+            [*FITTING, "4", "--transfer", "--seeds", "1", "--draws", "1"],
+            "| its grid at 4 steps |",
+        ),
     ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
