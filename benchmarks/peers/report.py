@@ -189,9 +189,9 @@ def opening(known: dict) -> str:
         "geometric mean of sliced-W2 in pixels and with each band scaled to unit variance (see "
         f"benchmarks/metrics.py), of {sizes['samples']} samples to the data, or under guidance to "
         "the fine solve, where every other component is the class asked for; of networks fewer, "
-        f"to their own fine solve. {sizes['seeds']} seed(s), 95% intervals. Grids: Karras and "
-        "log-SNR from 80 to 0.002 for all, each library's own, and for ours and for DPM++ and "
-        "iPNDM of order 3 and more also DDPM's, GITS (our implementation) and the two published of "
+        f"to their own fine solve. {sizes['seeds']} seed(s), 95% intervals; one where none stands. "
+        "Grids: Karras and log-SNR from 80 to 0.002 for all, each library's own, and for ours and "
+        "for DPM++ and iPNDM of order 3 and more also DDPM's, GITS (our implementation) and the two published of "
         "Align Your Steps, rescaled in log sigma."
     )
 
