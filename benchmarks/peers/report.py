@@ -191,8 +191,8 @@ def opening(known: dict) -> str:
         "the fine solve, where every other component is the class asked for; of networks fewer, "
         f"to their own fine solve. {sizes['seeds']} seed(s), 95% intervals; one where none stands. "
         "Grids: Karras and log-SNR from 80 to 0.002 for all, each library's own, and for ours and "
-        "for DPM++ and iPNDM of order 3 and more also DDPM's, GITS (our implementation) and the two published of "
-        "Align Your Steps, rescaled in log sigma."
+        "for DPM++ and iPNDM of order 3 and more also DDPM's, GITS (our implementation) and the "
+        "two published of Align Your Steps, rescaled in log sigma."
     )
 
 
