@@ -144,6 +144,10 @@ def write(output: Path) -> str:
     parts = [
         "# Side by side",
         opening(known),
+        "Problems: "
+        + "; ".join(dict.fromkeys(row.problem for row in rows))
+        + ". Not every library "
+        "was run on all of them: [what was run](full.md#what-was-run).",
         "## Ours over theirs",
         "Ratios of distances, families and rows that are lost most first; above 1, in bold, a peer "
         "is nearer to the data. The best of a side is one sampler and grid for all problems of a "
@@ -164,6 +168,8 @@ def write(output: Path) -> str:
     (output / "report.md").write_text(text)
     full = [
         "# Side by side: every sampler",
+        "## What was run",
+        covered(rows),
         everything(comparison, rows),
         *(f"## By {m} alone\n\n{against(Comparison(rows, m))}" for m in list(MEASURES)[1:]),
         "## Every case that a peer wins",
@@ -275,6 +281,22 @@ def fitted(path: Path) -> list[str]:
     text = "Steps, coefficients and rows fitted together, over the best of the other fits:"
     header = ["steps", *map(str, counts)]
     return ["## Fitted against fitted", text, metrics.table(header, rows)] if rows else []
+
+
+def covered(rows: list[Row]) -> str:
+    """Seeds and libraries of each problem."""
+    found = defaultdict(lambda: (set(), set(), set()))
+    for row in rows:
+        if row.side == "peer":
+            levels, seeds, libraries = found[row.problem]
+            levels.add(f"{row.guidance:g}")
+            seeds.add(row.seed)
+            libraries.add(row.sampler.rpartition("(")[2].rstrip(")"))
+    cells = [
+        [problem, " ".join(sorted(levels)), str(len(seeds)), ", ".join(sorted(libraries))]
+        for problem, (levels, seeds, libraries) in found.items()
+    ]
+    return metrics.table(["problem", "guidance", "seeds", "libraries"], cells)
 
 
 def everything(comparison: Comparison, rows: list[Row]) -> str:
