@@ -743,6 +743,8 @@ ELSEWHERE = {
     "load_edm": "reads files: test_edm.py",
     "ADM": "what a file says: test_edm.py",
     "LogSigma": "the schedule of a file: test_edm.py",
+    "Steps": "the schedule of a file: test_edm.py",
+    "SubVP": "the schedule of a file: test_edm.py",
     "Betas": "what a file says: test_checkpoints.py",
     "fit": "minutes of descent: test_fitting.py",
     "gits_sigmas": "a long solve: test_fitting.py",
