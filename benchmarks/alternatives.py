@@ -17,7 +17,7 @@ import metrics
 import problems
 import steindiff_jax as sd
 import sweep
-from steindiff_jax.stein.rules import Gamma, Lengths
+from steindiff_jax.stein.rules import Gamma, Lengths, gaussian, jacobian
 
 SMALL = 64  # numbers of a sample
 SOLVERS = ("DDIM", "2M", "iPNDM-3")
@@ -120,13 +120,12 @@ ADDITIVE = sd.PosteriorLength(gamma_max=1.0)  # for a delta too short, the Gauss
 class LengthOnly(sd.PosteriorLength):
     """gamma = g throughout: the solver's own direction alone.
 
-    g is read off `ADDITIVE`, whose drift is (1 - 1/g) eta' where g > 1, and eta' where delta = 0.
+    g is read off `ADDITIVE`, whose drift is (1 - 1/g) eta where g > 1.
     """
 
-    def coefficients(self, moments, *arguments):
-        silent = moments._replace(delta=0 * moments.delta, confirmed=0 * moments.confirmed)
-        eta = ADDITIVE.coefficients(silent, *arguments).drift
-        gamma, drift = ADDITIVE.coefficients(moments, *arguments)
+    def coefficients(self, moments, sizes, sigma, sigma_next):
+        eta = gaussian(jacobian(moments, sizes, sigma).mean, sigma_next / sigma)
+        gamma, drift = ADDITIVE.coefficients(moments, sizes, sigma, sigma_next)
         longer = 1 - drift / jnp.where(eta < 0, eta, -1.0)
         gamma = jnp.minimum(gamma / jnp.maximum(longer, 1e-6), self.gamma_max)
         return Lengths(gamma, jnp.zeros_like(gamma))
