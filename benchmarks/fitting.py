@@ -109,10 +109,10 @@ REFERENCES = {
 METHODS = [*REFERENCES, "GITS", *FITS]
 
 
-def geometric_mean(logs: np.ndarray) -> str:
-    """Over the seeds that were run."""
-    found = logs[np.isfinite(logs)]
-    return f"{math.exp(found.mean()):.3f}" if found.size else ""
+def mean(logs: np.ndarray) -> str:
+    """Geometric mean over the seeds that were run."""
+    found = np.exp(logs[np.isfinite(logs)])
+    return f"{metrics.geometric_mean(found):.3f}" if found.size else ""
 
 
 def show(runs: list[dict]) -> None:
@@ -141,7 +141,7 @@ def show(runs: list[dict]) -> None:
         for method in methods:
             every = ((method, *case, s, measure) for case in cases for s in seeds)
             cells = np.array([logs.get(run, math.nan) for run in every]).reshape(len(cases), -1)
-            lines.append([method, *map(geometric_mean, cells)])
+            lines.append([method, *map(mean, cells)])
         for a, b in (("all", "closed form"), ("closed form", "grid alone (LD3)")):
             cells = [ratio(a, b, *case, measure) for case in cases]
             lines.append([f"{a} / {b}", *map(sweep.shown, cells)])
@@ -157,35 +157,30 @@ def show(runs: list[dict]) -> None:
     print(metrics.table(["", "minutes", "MB"], lines))
 
 
-def interpolated(sigmas, steps: int) -> np.ndarray:
-    """A grid at another number of steps: log sigma, but for the 0, at equidistant places."""
-    logs = np.log(np.asarray(sigmas)[:-1])
-    places = np.linspace(0, len(logs) - 1, steps)
-    return np.append(np.exp(np.interp(places, np.arange(len(logs)), logs)), 0.0)
+def prepared(name: str, a: argparse.Namespace):
+    half = "tune" if name in problems.HALVES["tune"] else "report"
+    return sweep.prepared(half, name, a.samples)
 
 
 def transfer(a: argparse.Namespace) -> None:
     """Fits to the first problem with the first number of steps, over the closed form elsewhere."""
     (first, *others), (steps, *more), logs = a.problems, a.steps, {}
 
-    def prepared(name: str):
-        half = "tune" if name in problems.HALVES["tune"] else "report"
-        return sweep.prepared(half, name, a.samples)
-
     def compare(bench: Bench, where: str, solver, sigmas, seed: int) -> None:
         closed = bench.run("closed form", seed)["distance"]
         logs.setdefault(where, []).append(np.log(bench.judge(solver, sigmas, seed) / closed))
 
     fits = []
-    with prepared(first) as distances:
+    with prepared(first, a) as distances:
         for seed in range(a.seeds):
             fits.append(Bench(distances, steps, a).fit("all", seed))
             compare(Bench(distances, steps, a), f"{first}, {steps} steps", *fits[-1], seed)
             for k in more:
-                solver, sigmas = FITS["all"][0], interpolated(fits[-1][1], k)
+                solver, sigmas = FITS["all"][0], np.asarray(fits[-1][1])
+                sigmas = np.append(sweep.interpolated(sigmas[:-1], k), 0.0)
                 compare(Bench(distances, k, a), f"its grid at {k} steps", solver, sigmas, seed)
     for other in others:
-        with prepared(other) as distances:
+        with prepared(other, a) as distances:
             for seed, fit in enumerate(fits):
                 compare(Bench(distances, steps, a), f"{other}, {steps} steps", *fit, seed)
     measures = metrics.Distance._fields[:3]
@@ -223,9 +218,8 @@ def main() -> None:
     content = {"command": command, "distances": metrics.Distance._fields, "runs": []}
     arguments.output.parent.mkdir(exist_ok=True, parents=True)
     for problem in arguments.problems:
-        half = "tune" if problem in problems.HALVES["tune"] else "report"
         cases = [*itertools.product(arguments.steps, range(arguments.seeds), arguments.methods)]
-        with sweep.prepared(half, problem, arguments.samples) as distances:
+        with prepared(problem, arguments) as distances:
             for steps, seed, method in tqdm(cases):
                 at = {"problem": problem, "steps": steps, "seed": seed, "method": method}
                 result = Bench(distances, steps, arguments).run(method, seed)

@@ -132,6 +132,12 @@ def _one(name: str, half: str, solvers, corrections, n: int, steps, seeds: int) 
         return {}
 
 
+def interpolated(levels: np.ndarray, count: int) -> np.ndarray:
+    """Levels at so many equidistant places among these, in log sigma."""
+    places = np.linspace(0, len(levels) - 1, count)
+    return np.exp(np.interp(places, np.arange(len(levels)), np.log(np.asarray(levels, float))))
+
+
 def sweep_all(half: str, arguments: argparse.Namespace, corrections: Corrections) -> dict:
     """The sweep over problems of a half, as `options` asks for; the corrections must pickle."""
     # A process for each problem: hundreds of compiled programs in one exhaust its memory maps.

@@ -71,9 +71,14 @@ def shape(name: str, value: Any) -> tuple:
     return sizes
 
 
+def array(value: ArrayLike) -> Array:
+    """As `jnp.asarray`, which costs much also where the value is an array already."""
+    return value if isinstance(value, Array) else jnp.asarray(value)
+
+
 def batch(name: str, x: ArrayLike, *, allow_empty: bool = False) -> Array:
     """Samples in float32 or wider, or a ValueError for anything but numbers (batch, *event)."""
-    x = x if isinstance(x, Array) else jnp.asarray(x)  # which costs much, also where it is one
+    x = array(x)
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"{name} must be floating point, got {x.dtype}")
     if x.ndim < 1 or not (x.size or allow_empty):

@@ -124,7 +124,7 @@ def ddpm_sigmas(steps: int, schedule: Discrete, spacing: str = "trailing") -> Si
 
 def check_sigmas(sigmas: ArrayLike) -> Array:
     """The grid as an array, or a ValueError that says what is wrong; traced values pass unseen."""
-    grid = sigmas if isinstance(sigmas, Array) else jnp.asarray(sigmas)
+    grid = _checks.array(sigmas)
     if not jnp.issubdtype(grid.dtype, jnp.floating):
         raise ValueError(f"sigmas must be floating point, got {grid.dtype}")
     if grid.ndim != 1 or grid.size < 2:

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import steindiff_jax as sd
+import sweep
 
 ENDS = 80.0, 0.002
 # Timesteps of Stable Diffusion for ten steps, in Align Your Steps' quick start (Sabour et al. 2024,
@@ -34,8 +35,7 @@ def published(steps: int) -> dict[str, np.ndarray]:
     found = {"DDPM": np.asarray(ddpm, np.float64)}
     for name, timesteps in ALIGN_YOUR_STEPS.items():
         sigmas = sd.Discrete.scaled_linear().ratio(jnp.asarray(timesteps, float))
-        places = np.linspace(0, len(sigmas) - 1, steps + 1)
-        logs = np.interp(places, np.arange(len(sigmas)), np.log(np.asarray(sigmas, np.float64)))
+        logs = np.log(sweep.interpolated(np.asarray(sigmas), steps + 1))
         share = (logs - logs[-1]) / (logs[0] - logs[-1])
         found[name] = np.append(ENDS[1] * (ENDS[0] / ENDS[1]) ** share[:-1], 0.0)
     return found

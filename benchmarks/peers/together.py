@@ -48,9 +48,8 @@ def file(output: Path, name: str, guidance: float, part: str) -> Path:
 
 def prepare(folder: Path | None = None) -> None:
     """Of a new process: what a part has in a folder of its own first; one thread of torch."""
-    if folder is not None:
-        sys.path.insert(0, str(folder))
-    elif libraries.installed("torch"):
+    _path(folder)
+    if folder is None and libraries.installed("torch"):
         import torch
 
         torch.set_num_threads(1)
@@ -105,9 +104,9 @@ def time(output: Path, folders: dict[str, Path], repeats: int = 15, alone: int =
     (output / "speed.json").write_text(json.dumps(records, indent=1))
 
 
-def _path(flax: Path | None) -> None:
-    if flax is not None:
-        sys.path.insert(0, str(flax))
+def _path(folder: Path | None) -> None:
+    if folder is not None:
+        sys.path.insert(0, str(folder))
 
 
 def facts(sizes: compare.Sizes, folders: dict[str, Path]) -> dict:
