@@ -1,4 +1,4 @@
-"""Solvers fitted to a network, against closed forms (hours on two cores, 15 minutes with --quick).
+"""Solvers fitted to a network, against closed forms (an hour on two cores, less with --quick).
 
 Few evaluations of the digits network and, with --problems, of the network of natural images. Plain:
 the best of four solvers on two grids, of each distance by itself. Closed form: the default, on the
@@ -6,8 +6,9 @@ better of the two grids. GITS: iPNDM-3 on a grid by dynamic programming. Fitted:
 (as LD3), the rows alone (as S4S), both (as GS), all together from the closed form. "40 steps" is
 what they imitate, and as far from the law as so few samples are in any case. Each seed has a
 fit of its own; distances are those of `metrics.Distance`, on noise that no fit has seen. What
-loses is printed first. Writes results/fitting.json; --read prints such a file. --transfer: how far
-a fit carries to other guidance, and its grid to other numbers of steps.
+loses is printed first. Of the photographs also "fid", the Fréchet distance of all draws together to
+the test images. Writes results/fitting.json; --read prints such a file. --transfer: how far a fit
+carries to other guidance, to another class, and its grid to other numbers of steps.
 """
 
 import argparse
@@ -24,6 +25,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+import fid
 import metrics
 import problems
 import steindiff_jax as sd
@@ -38,8 +40,10 @@ FITS = {
     "grid and rows (GS)": (INNER, ("sigmas", "rows")),
     "all": (sd.Stein(INNER), ALL),
 }
-QUICK = ["--steps", "4", "5", "6", "--seeds", "1", "--iterations", "100", "--batch", "32"]
+QUICK = ["--steps", "4", "5", "6", "--seeds", "0", "--iterations", "15", "--batch", "32"]
 TEACHER = sd.log_snr_sigmas(40)
+FIELDS = (*metrics.Distance._fields, "fid")
+MEASURES = ("pixels", "bands", "rmse", "fid")
 
 
 def peak(reset: bool = False) -> float:
@@ -55,22 +59,24 @@ def peak(reset: bool = False) -> float:
 class Bench:
     """One problem at one number of steps: samplers by name, judged on noise of their own."""
 
-    def __init__(self, distances: metrics.Distances, steps: int, arguments) -> None:
-        self.distances, self.steps, self.a = distances, steps, arguments
+    def __init__(self, distances: metrics.Distances, steps: int, arguments, test=None) -> None:
+        self.distances, self.steps, self.a, self.test = distances, steps, arguments, test
         self.batch = min(arguments.batch, distances.n)
         self.denoiser = rows(distances.problem.denoiser, lambda row: row[: self.batch])
 
     def judge(self, solver, sigmas, seed: int) -> np.ndarray:
-        """Geometric means of the distances over `draws` batches of noise."""
-        found, denoiser = [], self.distances.problem.denoiser
+        """`FIELDS`, geometric means over `draws` batches of noise; `fid` is of all and may lack."""
+        found, samples, denoiser = [], [], self.distances.problem.denoiser
         for draw in range(seed * self.a.draws, (seed + 1) * self.a.draws):
             noise = self.distances.noise(draw)
             start = np.asarray(sigmas, noise.dtype)
             key, x_init = jax.random.key(draw), start[0] * noise
             start = np.pad(start, (0, max(*self.a.steps, len(start) - 1) + 1 - len(start)))
             x = sd.sample(key, denoiser, sigmas=start, solver=solver, x_init=x_init).x
-            found.append(self.distances(np.asarray(x), draw))
-        return np.exp(np.log(np.array(found)).mean(axis=0))
+            samples.append(np.asarray(x))
+            found.append(self.distances(samples[-1], draw))
+        distance = np.exp(np.log(np.array(found)).mean(axis=0))
+        return np.append(distance, self.test(samples)) if self.test else distance
 
     def fit(self, method: str, seed: int):
         """The solver and its grid."""
@@ -79,6 +85,7 @@ class Bench:
             return INNER, sd.gits_sigmas(key, self.denoiser, shape, self.steps, TEACHER)
         start, (solver, parts) = sd.karras_sigmas(self.steps), FITS[method]
         options = {"parts": parts, "teacher": TEACHER, "iterations": self.a.iterations}
+        options["remat"] = False  # the network is small
         fitted = sd.fit(key, self.denoiser, shape, start, solver, **options)
         return fitted, fitted.sigmas
 
@@ -116,12 +123,11 @@ def mean(logs: np.ndarray) -> str:
 
 
 def show(runs: list[dict]) -> None:
-    measures = metrics.Distance._fields[:3]
     methods = [name for name in METHODS if any(run["method"] == name for run in runs)]
     logs = {
         (run["method"], run["problem"], run["steps"], run["seed"], measure): math.log(value)
         for run in runs
-        for measure, value in zip(measures, run["distance"], strict=False)
+        for measure, value in zip(FIELDS, run["distance"], strict=False)
     }
     seeds = sorted({run["seed"] for run in runs})
 
@@ -132,11 +138,11 @@ def show(runs: list[dict]) -> None:
 
     cases = sorted({(run["problem"], run["steps"]) for run in runs})
     print("What loses to the closed form:\n")
-    for case, method, measure in itertools.product(cases, methods, measures):
+    for case, method, measure in itertools.product(cases, methods, MEASURES):
         found = ratio(method, "closed form", *case, measure)
         if found[0] > 1 and method != "plain":
             print(f"- {case[0]}, {case[1]} steps, {method}, {measure}: {sweep.shown(found)}")
-    for measure in measures:
+    for measure in MEASURES:
         lines = []
         for method in methods:
             every = ((method, *case, s, measure) for case in cases for s in seeds)
@@ -157,8 +163,19 @@ def show(runs: list[dict]) -> None:
     print(metrics.table(["", "minutes", "MB"], lines))
 
 
+def to_test_images(name: str):
+    """Samples -> Fréchet distance to the test images, of the network of photographs; or None."""
+    if not name.startswith("images network"):
+        return None
+    import images
+    import images_classifier as classifier
+
+    test = fid.statistics([images.images(problems.DATA, "test")[0]], classifier.features)
+    return lambda x: fid.frechet_distance(test, fid.statistics(x, classifier.features))
+
+
 def prepared(name: str, a: argparse.Namespace):
-    half = "tune" if name in problems.HALVES["tune"] else "report"
+    half = next(half for half, names in problems.HALVES.items() if name in names)
     return sweep.prepared(half, name, a.samples)
 
 
@@ -172,7 +189,7 @@ def transfer(a: argparse.Namespace) -> None:
 
     fits = []
     with prepared(first, a) as distances:
-        for seed in range(a.seeds):
+        for seed in a.seeds:
             fits.append(Bench(distances, steps, a).fit("all", seed))
             compare(Bench(distances, steps, a), f"{first}, {steps} steps", *fits[-1], seed)
             for k in more:
@@ -181,14 +198,13 @@ def transfer(a: argparse.Namespace) -> None:
                 compare(Bench(distances, k, a), f"its grid at {k} steps", solver, sigmas, seed)
     for other in others:
         with prepared(other, a) as distances:
-            for seed, fit in enumerate(fits):
+            for seed, fit in zip(a.seeds, fits, strict=True):
                 compare(Bench(distances, steps, a), f"{other}, {steps} steps", *fit, seed)
-    measures = metrics.Distance._fields[:3]
     cells = [
         [where, *(sweep.shown(sweep.interval(list(v))) for v in np.array(found).T[:3])]
         for where, found in logs.items()
     ]
-    print(metrics.table(["fitted / closed form", *measures], cells))
+    print(metrics.table(["fitted / closed form", *MEASURES[:3]], cells))
 
 
 def main() -> None:
@@ -197,11 +213,11 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", default=["digits network"])
     parser.add_argument("--steps", nargs="+", type=int, default=[3, 4, 5, 6, 8])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="NAME")
-    parser.add_argument("--seeds", type=int, default=3, help="of a fit each")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of a fit each")
     parser.add_argument("--draws", type=int, default=2, help="batches of noise that judge it")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--iterations", type=int, default=300)
+    parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--quick", action="store_true", help=f"stands for {shlex.join(QUICK)}")
     parser.add_argument("--output", type=Path, default=here / "results" / "fitting.json")
     parser.add_argument("--transfer", action="store_true")
@@ -215,14 +231,18 @@ def main() -> None:
         transfer(arguments)
         return
     command = "python " + shlex.join(["benchmarks/" + Path(sys.argv[0]).name, *given])
-    content = {"command": command, "distances": metrics.Distance._fields, "runs": []}
+    content = {"command": command, "distances": FIELDS, "runs": []}
     arguments.output.parent.mkdir(exist_ok=True, parents=True)
     for problem in arguments.problems:
-        cases = [*itertools.product(arguments.steps, range(arguments.seeds), arguments.methods)]
+        cases = [*itertools.product(arguments.seeds, arguments.steps, arguments.methods)]
+        test, long = to_test_images(problem), {}
         with prepared(problem, arguments) as distances:
-            for steps, seed, method in tqdm(cases):
+            for seed, steps, method in tqdm(cases):
                 at = {"problem": problem, "steps": steps, "seed": seed, "method": method}
-                result = Bench(distances, steps, arguments).run(method, seed)
+                bench = Bench(distances, steps, arguments, test)
+                result = long.get((method, seed)) or bench.run(method, seed)
+                if method == "40 steps":  # the same beside any number of steps
+                    long[method, seed] = result
                 content["runs"].append(at | result)
                 # Of a run that is stopped, what is done so far.
                 arguments.output.write_text(json.dumps(content, separators=(",", ":")))

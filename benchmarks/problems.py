@@ -430,23 +430,26 @@ def fine_solve(problem: Problem, noise: np.ndarray) -> np.ndarray:
     return np.asarray(solution.x)
 
 
-def network(scale: float, batch: int, draws: int = 2000) -> Problem:
-    """The digits network, guided, or free at scale 0; its own fine solve is the law to sample."""
+def network(scale: float, batch: int, draws: int = 2000, label: int | None = None) -> Problem:
+    """The digits network, guided, or free at scale 0; its own fine solve is the law to sample.
+
+    Guided towards all classes in turn, or towards that of the label; at scale 1 that is the class.
+    """
     import digits as trained
 
-    return _network(trained, trained.WEIGHTS, (8, 8, 1), scale, batch, draws, fine=100)
+    return _network(trained, trained.WEIGHTS, (8, 8, 1), scale, batch, draws, 100, label)
 
 
-def images16(scale: float, batch: int, draws: int = 1000) -> Problem:
+def images16(scale: float, batch: int, draws: int = 1000, label: int | None = None) -> Problem:
     """The same of the network of natural images."""
     import images as trained
 
-    return _network(trained, trained.weights(16), (16, 16, 3), scale, batch, draws, fine=40)
+    return _network(trained, trained.weights(16), (16, 16, 3), scale, batch, draws, 40, label)
 
 
-def _network(trained, weights, event, scale, batch, draws, fine) -> Problem:
+def _network(trained, weights, event, scale, batch, draws, fine, label) -> Problem:
     weights = Path(weights).read_bytes()
-    labels = jnp.arange(batch) % 10
+    labels = jnp.arange(batch) % 10 if label is None else jnp.full(batch, label)
     free = trained.load(jnp.full(batch, trained.NULL))
     denoiser = sd.guided(trained.load(labels), free, scale) if scale else free
     problem = Problem(denoiser, event, np.empty(0), fine=fine)
@@ -458,6 +461,7 @@ def _network(trained, weights, event, scale, batch, draws, fine) -> Problem:
 
     state = hashlib.sha256(weights).hexdigest()[:12]
     name = f"{trained.__name__}-{scale:g}-{batch}-{draws}-{fine}-{state}"
+    name += "" if label is None else f"-{label}"
     return problem._replace(law=kept(name, law)["law"])
 
 
@@ -520,8 +524,18 @@ REPORT_NETWORKS = {
     "images network": partial(images16, 0.0),
     "images network, guidance 3": partial(images16, 3.0),
 }
-NETWORKS = TUNE_NETWORKS | REPORT_NETWORKS
-HALVES = {"tune": TUNE | TUNE_NETWORKS, "report": REPORT | REPORT_NETWORKS}
+# A class each, for what was fitted to another one.
+CLASS_NETWORKS = {
+    f"{name} network, class {label}": partial(make, 1.0, label=label)
+    for name, make in (("digits", network), ("images", images16))
+    for label in range(10)
+}
+NETWORKS = TUNE_NETWORKS | REPORT_NETWORKS | CLASS_NETWORKS
+HALVES = {
+    "tune": TUNE | TUNE_NETWORKS,
+    "report": REPORT | REPORT_NETWORKS,
+    "classes": CLASS_NETWORKS,
+}
 
 
 def kind(name: str) -> str:

@@ -203,12 +203,12 @@ def test_bands_of_the_basis():
 
 def test_the_default_metric():
     """The error in each band, over the variance of the targets there."""
-    targets = [jnp.asarray(normal(50, 8, 8, 1)), jnp.asarray(normal(50, 8, 8, 1, seed=1))]
+    targets = jnp.asarray(normal(2, 50, 8, 8, 1))
     metric = fitting._banded(targets)
     x = targets[0]
     assert_allclose(metric(x, x), 0.0)
     # What is as far from x in each band as the mean is has an error of 1, up to that of the mean.
-    mean = jnp.concatenate(targets).mean(0, keepdims=True)
+    mean = targets.mean((0, 1))[None]
     assert metric(jnp.broadcast_to(mean, x.shape), x).mean() == pytest.approx(1, rel=0.1)
     assert_allclose(metric(2 * x, 0 * x), 4 * metric(x, 0 * x))
 
@@ -262,7 +262,7 @@ def test_another_grid_is_refused():
         ({"parts": ()}, "parts must be some of"),
         ({"past": 0}, "past must be at least 1"),
         ({"batches": 0}, "batches must be at least 1"),
-        ({"learning_rate": -1.0}, "learning_rate must be in"),
+        ({"iterations": 0}, "iterations must be at least 1"),
         ({"metric": lambda x, target: jnp.sum(x - target) * jnp.nan}, "the loss at the start"),
     ],
 )
