@@ -1,7 +1,7 @@
 """Solvers fitted to a network, against closed forms (an hour on two cores, less with --quick).
 
 Few evaluations of the digits network and, with --problems, of the network of natural images. Plain:
-the best of four solvers on two grids, of each distance by itself. Closed form: the default, on the
+the best of some solvers on two grids, of each distance by itself. Closed form: the default, on the
 better of the two grids. GITS: iPNDM-3 on a grid by dynamic programming. Fitted: the grid alone
 (as LD3), the rows alone (as S4S), both (as GS), all together from the closed form. "40 steps" is
 what they imitate, and as far from the law as so few samples are in any case. Each seed has a
@@ -85,7 +85,7 @@ class Bench:
             return INNER, sd.gits_sigmas(key, self.denoiser, shape, self.steps, TEACHER)
         start, (solver, parts) = sd.karras_sigmas(self.steps), FITS[method]
         options = {"parts": parts, "teacher": TEACHER, "iterations": self.a.iterations}
-        options["remat"] = False  # the network is small
+        options |= {"batches": self.a.batches, "remat": False}  # the networks are small
         fitted = sd.fit(key, self.denoiser, shape, start, solver, **options)
         return fitted, fitted.sigmas
 
@@ -109,7 +109,7 @@ class Bench:
 
 
 REFERENCES = {
-    "plain": lambda bench: [(sweep.SOLVERS[s], g) for s in PLAIN for g in bench.grids()],
+    "plain": lambda bench: [(sweep.SOLVERS[s], g) for s in bench.a.plain for g in bench.grids()],
     "closed form": lambda bench: [(sd.Stein(INNER), g) for g in bench.grids()],
     "40 steps": lambda _: [(sd.Stein(INNER), TEACHER)],
 }
@@ -213,10 +213,12 @@ def main() -> None:
     parser.add_argument("--problems", nargs="+", default=["digits network"])
     parser.add_argument("--steps", nargs="+", type=int, default=[3, 4, 5, 6, 8])
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS, metavar="NAME")
+    parser.add_argument("--plain", nargs="+", default=PLAIN, choices=sweep.SOLVERS, metavar="NAME")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="of a fit each")
     parser.add_argument("--draws", type=int, default=2, help="batches of noise that judge it")
     parser.add_argument("--samples", type=int, default=200)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batches", type=int, default=2, help="that a fit sees")
     parser.add_argument("--iterations", type=int, default=40)
     parser.add_argument("--quick", action="store_true", help=f"stands for {shlex.join(QUICK)}")
     parser.add_argument("--output", type=Path, default=here / "results" / "fitting.json")

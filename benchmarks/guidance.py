@@ -4,9 +4,10 @@ Samples are held against two laws, since guidance changes what is sampled: "own"
 the same guided denoiser from other noise, and "data", those of the class. The distance is `both` of
 metrics.py (--measure: another one); "rmse" is to the fine solve from the same noise, of the guided
 and of the conditional denoiser. Both branches together count as one evaluation. CFG++ has no fine
-solve of its own: its guidance is of the grid. Autoguidance is by the class with 1.1 the std, on the
-mixtures alone, as scales by band are on images alone. Ratios are corrected / plain, intervals over
-seeds; losses are printed first. Writes results/guidance.json after each method; --read prints it.
+solve of its own: its guidance is of the grid. Autoguidance is by the class with 1.1 the std, or by
+the network with coarse weights; scales by band are on images alone. Ratios are corrected / plain,
+intervals over seeds; losses are printed first. Writes results/guidance.json after each method;
+--read prints it.
 """
 
 import argparse

@@ -492,13 +492,20 @@ def first_class(whole: Mixture, classes: int) -> Classes:
 
 
 def image_classes(batch: int) -> Classes:
-    """All classes of the network of natural images in turn; the law is that of the test images."""
+    """All classes of the network of natural images in turn; the law is that of the test images.
+
+    The weaker one is the network with its weights in eight bits, two of them of the mantissa.
+    """
     import images as trained
+
+    def coarse(weights):
+        return weights.astype(jnp.float8_e5m2).astype(weights.dtype)
 
     denoiser = trained.load(jnp.arange(batch) % 10)
     law = trained.images(DATA, "test")[0]
     problem = Problem(denoiser, law.shape[1:], law, fine=40)
-    return Classes(problem, trained.load(jnp.full(batch, trained.NULL)))
+    weaker = dataclasses.replace(denoiser, parameters=jax.tree.map(coarse, denoiser.parameters))
+    return Classes(problem, trained.load(jnp.full(batch, trained.NULL)), weaker)
 
 
 # Of a number of samples, as the networks below.

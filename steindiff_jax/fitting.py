@@ -128,9 +128,9 @@ def fit(
 ) -> Fitted:
     """Fit a grid and a solver's numbers to a network, by gradients through `sample` (L-BFGS).
 
-    Needs optax (the extra `fit`); not inside `jit`. Starts from the solver as it is, with the
-    coefficients that `calibrate` records, and ends with the parameters that were best on batches
-    held out of the descent. The same key gives the same result.
+    Not inside `jit`. Starts from the solver as it is, with the coefficients that `calibrate`
+    records, and ends with the parameters that were best on batches held out of the descent. The
+    same key gives the same result.
 
     Args:
       key: as in `sample`; keys that are sharded shard the batches too.
@@ -160,7 +160,7 @@ def fit(
       ValueError: unknown parts; a grid that does not end in 0; numbers that are not positive; what
         `calibrate` refuses; a start or a teacher that does not stay finite.
     """
-    import optax
+    from scipy.optimize import minimize  # jax brings it; half a second that others need not wait
 
     if not parts or set(parts) - set(PARTS):
         raise ValueError(f"parts must be some of {PARTS}, got {parts!r}")
@@ -211,37 +211,42 @@ def fit(
 
         return lax.map(one, pairs).mean()
 
-    best, kept = loss(origin, data, unseen), None
-    if not jnp.isfinite(best):
-        raise ValueError(f"the loss at the start is {best}")
-    # A step's numbers of a kind are in units of what moves the samples, all of them together, as
-    # far as the samples are from their targets: without, descent takes many times longer.
-    leaves = jax.tree.leaves(parameters)
-    counts = [len(leaf) for leaf in leaves]
-    kinds = np.repeat(np.arange(sum(counts)), np.repeat([leaf[:1].size for leaf in leaves], counts))
-    h, x_init = 0.01, seen[0][:1]
-    here = x_init, jax.jit(end)(origin, data, x_init[0])[None]
-    moved = [loss(origin + h * (kinds == kind), data, here) for kind in range(sum(counts))]
-    scale = jnp.minimum(h * jnp.sqrt(divide(best, jnp.stack(moved), 0.0)), 1.0)[kinds]
-    optimizer: Any = optax.lbfgs()
-
-    def scaled(z: Array, scale: Array, data: Any, pairs: tuple[Array, Array]) -> Array:
-        return loss(origin + scale * z, data, pairs)
+    first = best = loss(origin, data, unseen)
+    kept = None
+    if not jnp.isfinite(first):
+        raise ValueError(f"the loss at the start is {first}")
+    # In units of what moves the samples as far as they are from their targets: without, descent
+    # takes many times longer.
+    kinds, h, x_init = _kinds(parameters), 0.01, seen[0][:1]
+    here = (
+        x_init,
+        sample(key, denoiser, sigmas=start.sigmas, solver=start, x_init=x_init[0]).x[None],
+    )
+    moved = [loss(origin + h * (kinds == kind), data, here) for kind in np.unique(kinds)]
+    scale = jnp.minimum(h * jnp.sqrt(divide(first, jnp.stack(moved), 0.0)), 1.0)[kinds]
 
     @jax.jit
-    def update(z: Array, state: Any, **rest: Any) -> tuple[Array, Any]:
-        value, grad = optax.value_and_grad_from_state(scaled)(z, state=state, **rest)
-        given = {"value": value, "grad": grad, "value_fn": scaled}
-        change, state = optimizer.update(grad, state, z, **given, **rest)
-        return z + change, state
+    def gradient(z: Array, scale: Array, data: Any, pairs: tuple) -> tuple[Array, Array]:
+        return jax.value_and_grad(lambda z: loss(origin + scale * z, data, pairs) / first)(z)
 
-    z = jnp.zeros_like(origin)
-    state = optimizer.init(z)
-    for _ in (progress or iter)(list(range(iterations))):
-        z, state = update(z, state, scale=scale, data=data, pairs=seen)
-        found = loss(origin + scale * z, data, unseen)
+    def descent(z: np.ndarray) -> tuple[float, np.ndarray]:
+        value, slopes = gradient(jnp.asarray(z, origin.dtype), scale, data, seen)
+        if not jnp.isfinite(value):  # a trial that diverges, which the line search turns back from
+            return 1e10, np.zeros_like(z)
+        return float(value), np.asarray(slopes, np.float64)
+
+    turns = iter((progress or iter)(list(range(iterations))))
+
+    def judge(z: np.ndarray) -> None:
+        nonlocal best, kept
+        next(turns, None)
+        flat = origin + scale * jnp.asarray(z, origin.dtype)
+        found = loss(flat, data, unseen)
         if found < best:
-            best, kept = found, origin + scale * z
+            best, kept = found, flat
+
+    how = {"method": "L-BFGS-B", "options": {"maxiter": iterations, "maxcor": 20}}
+    minimize(descent, np.zeros(origin.size), jac=True, callback=judge, **how)
     return start if kept is None else build(kept)
 
 
@@ -282,6 +287,13 @@ def _parameter(solver: Fitted, part: str) -> Any:
     """What is fitted of a part: itself, or of the grid log of its steps in log sigma, but to 0."""
     value = getattr(solver, part)
     return jnp.log(-jnp.diff(jnp.log(value[:-1]))) if part == "sigmas" else value
+
+
+def _kinds(parameters: dict[str, Any]) -> np.ndarray:
+    """For each entry of what `ravel_pytree` makes of these, one number for all of a step."""
+    leaves = jax.tree.leaves(parameters)
+    counts = [len(leaf) for leaf in leaves]
+    return np.repeat(np.arange(sum(counts)), np.repeat([leaf[:1].size for leaf in leaves], counts))
 
 
 def _grid(high: Scalar, increments: Array) -> Sigmas:

@@ -16,7 +16,6 @@ from numpy.testing import assert_allclose, assert_array_equal
 import steindiff_jax as sd
 from steindiff_jax import fitting, gits
 
-pytest.importorskip("optax")
 KEY = jax.random.key(3)
 GRID = sd.karras_sigmas(4)
 DENOISER = mixture()
