@@ -197,8 +197,7 @@ def test_mapped_over_shards(one_device):
     assert_same(mapped(from_noise, P("data"))(keys), one)
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-def test_fitted(mesh):
+def test_fitted():
     """Sharded keys shard the batches; the fitted numbers are those of one device."""
     keys, teacher = jax.random.split(KEY, BATCH), sd.log_snr_sigmas(8, 0.1, SIGMA_MAX)
     options = {"teacher": teacher, "iterations": 3, "batches": 1}
@@ -206,7 +205,7 @@ def test_fitted(mesh):
     def fit(keys):
         return sd.fit(keys, DENOISER, (BATCH, D), GRID, SOLVERS["default"], **options)
 
-    one, many = fit(keys), fit(jax.device_put(keys, over(mesh, "data")))
+    one, many = fit(keys), fit(jax.device_put(keys, over("Auto", "data")))
     assert not np.array_equal(one.sigmas, GRID)
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
         assert_allclose(b, a, rtol=1e-7, atol=1e-9)
