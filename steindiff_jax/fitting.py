@@ -217,33 +217,30 @@ def fit(
         raise ValueError(f"the loss at the start is {first}")
     # In units of what moves the samples as far as they are from their targets: without, descent
     # takes many times longer.
-    kinds, h, x_init = _kinds(parameters), 0.01, seen[0][:1]
-    here = (
-        x_init,
-        sample(key, denoiser, sigmas=start.sigmas, solver=start, x_init=x_init[0]).x[None],
-    )
+    kinds, h, x_init = _kinds(parameters), 0.01, seen[0][0]
+    x = sample(key, denoiser, sigmas=start.sigmas, solver=start, x_init=x_init).x
+    here = x_init[None], x[None]
     moved = [loss(origin + h * (kinds == kind), data, here) for kind in np.unique(kinds)]
     scale = jnp.minimum(h * jnp.sqrt(divide(first, jnp.stack(moved), 0.0)), 1.0)[kinds]
+    gradient = jax.jit(jax.value_and_grad(loss))
 
-    @jax.jit
-    def gradient(z: Array, scale: Array, data: Any, pairs: tuple) -> tuple[Array, Array]:
-        return jax.value_and_grad(lambda z: loss(origin + scale * z, data, pairs) / first)(z)
+    def at(z: np.ndarray) -> Array:
+        return origin + scale * jnp.asarray(z, origin.dtype)
 
     def descent(z: np.ndarray) -> tuple[float, np.ndarray]:
-        value, slopes = gradient(jnp.asarray(z, origin.dtype), scale, data, seen)
+        value, slopes = gradient(at(z), data, seen)
         if not jnp.isfinite(value):  # a trial that diverges, which the line search turns back from
             return 1e10, np.zeros_like(z)
-        return float(value), np.asarray(slopes, np.float64)
+        return float(value / first), np.asarray(scale * slopes / first, np.float64)
 
     turns = iter((progress or iter)(list(range(iterations))))
 
     def judge(z: np.ndarray) -> None:
         nonlocal best, kept
         next(turns, None)
-        flat = origin + scale * jnp.asarray(z, origin.dtype)
-        found = loss(flat, data, unseen)
+        found = loss(at(z), data, unseen)
         if found < best:
-            best, kept = found, flat
+            best, kept = found, at(z)
 
     how = {"method": "L-BFGS-B", "options": {"maxiter": iterations, "maxcor": 20}}
     minimize(descent, np.zeros(origin.size), jac=True, callback=judge, **how)
