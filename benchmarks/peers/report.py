@@ -137,8 +137,9 @@ def write(output: Path) -> str:
     """report.md, which is returned, and what it links to, from the files that were run."""
     rows = compare.read(*sorted((output / "runs").glob("*.jsonl")))
     known = json.loads((output / "facts.json").read_text())
-    timed = output / "speed.json"
-    records = json.loads(timed.read_text()) if timed.exists() else []
+    records = [
+        r for path in sorted(output.glob("speed*.json")) for r in json.loads(path.read_text())
+    ]
     comparison = Comparison(rows)
     plot(comparison, output / "quality.png")
     parts = [
@@ -367,12 +368,12 @@ def slower(records: list[dict]) -> str:
         if peers:
             fastest = min(peers, key=lambda r: r["milliseconds"])
             best = min(ours, key=lambda r: r["milliseconds"])
-            default = next(r for r in ours if r["program"] == "ours: default")
-            over = [f"{r['milliseconds'] / fastest['milliseconds']:.2f}" for r in (default, best)]
-            lines.append(
-                f"{case}, our default {over[0]} and {best['program'].removeprefix('ours: ')} "
-                f"{over[1]} times {fastest['program']}"
-            )
+            shown = {r["program"]: r for r in ours if "default" in r["program"] or r is best}
+            over = [
+                f"{name.removeprefix('ours: ')} {r['milliseconds'] / fastest['milliseconds']:.2f}"
+                for name, r in shown.items()
+            ]
+            lines.append(f"{case}, our {', '.join(over)} times {fastest['program']}")
     return "Time a sample: " + "; ".join(lines) + "."
 
 
@@ -387,7 +388,7 @@ def times(records: list[dict]) -> str:
     return (
         "Nine evaluations, float32. Network: a batch of 100 of the digits network, natively in JAX "
         "and in torch. Overhead: a denoiser of three operations, a batch of 16. Medians, programs "
-        "in turns (the Flax scheduler's in a process of its own). Before the first: tracing and "
+        "in turns, those of JAX and of torch in a process each. Before the first: tracing and "
         "compilation. Memory: growth of the process's peak in its first two calls. Torch runs on "
         "one thread or on all, whichever is faster for the case.\n\n" + metrics.table(header, cells)
     )

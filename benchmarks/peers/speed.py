@@ -6,6 +6,7 @@ of one process are timed in turns, so that what else runs on the machine hits th
 before the first sample, and the peak of memory, are those of a process of its own.
 """
 
+import os
 import resource
 import statistics
 import time
@@ -62,6 +63,12 @@ def device() -> str:
     return "cuda" if jax.default_backend() == "gpu" else "cpu"
 
 
+def machine() -> str:
+    """What JAX runs on."""
+    name = jax.devices()[0].device_kind
+    return name if device() == "cuda" else f"{os.cpu_count()} cores"
+
+
 def of_jax(case: str) -> dict[str, Callable[[], object]]:
     """Name -> one batch of samples, finished when it returns."""
     denoiser, x = in_jax(case)
@@ -70,9 +77,12 @@ def of_jax(case: str) -> dict[str, Callable[[], object]]:
     def ours(solver):
         return sd.sample(key, denoiser, sigmas=sigmas, solver=solver, x_init=x).x
 
-    jitted = jax.jit(
-        lambda denoiser, x: sd.sample(key, denoiser, sigmas=sigmas, solver=sd.DPMpp2M(), x_init=x).x
-    )
+    def own_jit(solver):
+        def solve(denoiser, x):
+            return sd.sample(key, denoiser, sigmas=sigmas, solver=solver, x_init=x).x
+
+        return partial(jax.jit(solve), denoiser, x)
+
     bare = jax.jit(lambda denoiser, x, sigma: denoiser(x, sigma))
     levels = [jnp.float32(s) for s in sigmas[:-1]]
     solves = {
@@ -81,7 +91,8 @@ def of_jax(case: str) -> dict[str, Callable[[], object]]:
         "ours: Stein(DPM++ 2M), StepEnergy": partial(ours, sd.Stein(sd.DPMpp2M(), sd.StepEnergy())),
         "ours: DPM++ 2M": partial(ours, sd.DPMpp2M()),
         "ours: iPNDM-3": partial(ours, sd.IPNDM(3)),
-        "ours: DPM++ 2M in one's own jit": lambda: jitted(denoiser, x),
+        "ours: default in one's own jit": own_jit(None),
+        "ours: DPM++ 2M in one's own jit": own_jit(sd.DPMpp2M()),
         "bare: denoiser in JAX": lambda: [bare(denoiser, x, s) for s in levels],
     }
     if libraries.installed("diffrax"):
@@ -195,8 +206,15 @@ def first(kind: str, case: str, name: str) -> tuple[float, float]:
 
 
 def _memory() -> float:
-    """Peak so far of this process, in MB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    """Peak so far of this process, in MB: on a GPU, of what was allocated there."""
+    if device() == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peak = jax.devices()[0].memory_stats()["peak_bytes_in_use"]
+    if libraries.installed("torch"):
+        import torch
+
+        peak += torch.cuda.max_memory_allocated()
+    return peak / 2**20
 
 
 def turns(kinds: tuple[str, ...], case: str, repeats: int) -> dict[str, float]:
@@ -236,7 +254,7 @@ def run(
             once, memory = spawned(first, kind, case, name)
         records.append(
             {
-                "case": case,
+                "case": f"{case}, {machine()}",
                 "program": name,
                 "milliseconds": milliseconds,
                 "compile": once,

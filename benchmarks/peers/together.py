@@ -95,11 +95,12 @@ def run(problems, parts, sizes, jobs: int, output: Path, folders: dict[str, Path
 def time(output: Path, folders: dict[str, Path], repeats: int = 15, alone: int = 99) -> None:
     """Write speed.json, on a machine that does nothing else."""
     flax = folders["flax"]
-    kinds = [("jax", "torch") if libraries.installed("azula") else ("jax",)]
-    kinds += [("flax",)] if flax.exists() else []
+    # Torch by itself: its threads go on turning for a while after each call.
+    kinds = [("jax", "flax") if flax.exists() else ("jax",)]
+    kinds += [("torch",)] if libraries.installed("azula") else []
     records = []
     for case, together in itertools.product(speed.SHAPES, kinds):
-        path = flax if together == ("flax",) else None
+        path = flax if "flax" in together else None
         records += speed.run(together, case, repeats, alone, partial(_path, path))
     (output / "speed.json").write_text(json.dumps(records, indent=1))
 

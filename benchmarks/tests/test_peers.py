@@ -324,7 +324,7 @@ def test_report_says_first_where_a_peer_wins(tmp_path):
     assert ratio.startswith("**4.5")
     assert f"default / best of their defaults | {ratio}" in text
     assert "ahead of the best of ours in 192 of 224 cases" in text
-    assert "network, our default 2.00 and default 2.00 times x (peer); overhead" in text
+    assert "network, our default 2.00 times x (peer); overhead" in text
     full = (tmp_path / "full.md").read_text()
     assert "broken, Karras: in 1 of 1 runs" in full
     assert "The fine solve itself: 0.010." in full

@@ -113,6 +113,8 @@ def interpolation_weights(
 ) -> Weights:
     """Solve sum_j w_j r_j^k = m_k, k = 1 .. count, in every step; the other weights are 0.
 
+    w_j is the mean of Lagrange's polynomial l_j(u) = u / r_j prod_i (u - r_i) / (r_j - r_i).
+
     z: the interpolation variable at the grid's nodes; moments: m_1, m_2, ... of each step; count:
     number of nodes that a step uses, where 0 the rest need only be finite; back: how many steps
     ago each node was, by default 1, 2, ...
@@ -122,10 +124,15 @@ def interpolation_weights(
     nodes = index - (order if back is None else jnp.asarray(back, order.dtype))[None]
     used = order[None] <= count[:, None]
     h = jnp.where(count > 0, jnp.diff(z), 1.0)  # a grid padded with zeros has none of its own
-    r = jnp.where(used, (z[jnp.maximum(nodes, 0)] - z[:-1, None]) / h[:, None], 0.0)
-    # Nodes and moments that are not used get equations of their own: w_j = 0.
-    both = used[:, :, None] & used[:, None, :]
-    matrix = jnp.where(
-        both, r[:, None, :] ** order[None, :, None], jnp.eye(size, dtype=z.dtype)[None]
-    )
-    return jnp.linalg.solve(matrix, jnp.where(used, moments, 0.0)[..., None])[..., 0]
+    r = jnp.where(used, (z[jnp.maximum(nodes, 0)] - z[:-1, None]) / h[:, None], 1.0)
+    # Coefficients of u, u^2, ..., each of all l_j; nodes that are not used divide by 1.
+    lagrange = [1 / r] + [jnp.zeros_like(r)] * (size - 1)
+    for i in range(size):
+        node, other = r[:, i : i + 1], used & used[:, i : i + 1] & (order != i + 1)[None]
+        gap = jnp.where(other, r - node, 1.0)
+        lagrange = [
+            jnp.where(other, (lower - node * same) / gap, same)
+            for same, lower in zip(lagrange, [jnp.zeros_like(r), *lagrange[:-1]], strict=True)
+        ]
+    weights = sum(moments[:, k : k + 1] * power for k, power in enumerate(lagrange))
+    return jnp.where(used, weights, 0.0)
