@@ -89,7 +89,6 @@ def of_formulas() -> list[Peer]:
             dpm_v3.sample,
             to_zero=False,
             needs=("statistics",),
-            network=False,
         ),
     ]
 

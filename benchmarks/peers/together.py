@@ -19,7 +19,7 @@ from peers import compare, libraries, speed
 
 QUICK = compare.Sizes(
     samples=60,
-    network_samples={"digits network": 20, "images network": 8},
+    network_samples=20,
     evaluations=(3, 8),
     network_evaluations=(3,),
     seeds=1,
