@@ -1,6 +1,9 @@
 """Grids: decreasing sequences of sigma (noise-to-signal ratio) that a sampler steps through.
 
-Any array that `check_sigmas` accepts is one; these are the ones that the field uses.
+Any array that `check_sigmas` accepts is one; these are the ones that the field uses. Where they end
+in 0, the last evaluation is at sigma_min and changes little. With to_zero=False all steps lie
+between the two ends and the samples keep noise of sigma_min, 0.002 of images in [-1, 1] with which
+no pixel changes: one more evaluation where it helps, which is much where steps are few.
 """
 
 from collections.abc import Callable
@@ -27,34 +30,51 @@ class TimeSchedule(Protocol):
 
 
 def karras_sigmas(
-    steps: int, sigma_min: Numeric = 0.002, sigma_max: Numeric = 80.0, rho: Numeric = 7.0
+    steps: int,
+    sigma_min: Numeric = 0.002,
+    sigma_max: Numeric = 80.0,
+    rho: Numeric = 7.0,
+    *,
+    to_zero: bool = True,
 ) -> Sigmas:
-    """Uniform in sigma^(1/rho) from sigma_max to sigma_min, then 0; (steps + 1,).
+    """Uniform in sigma^(1/rho) from sigma_max to sigma_min, then 0 if `to_zero`; (steps + 1,).
 
     Karras et al. 2022, arXiv:2206.00364, eq. 5. ValueError for fewer than one step.
     """
     low, high = _ends(sigma_min=sigma_min, sigma_max=sigma_max)
     _checks.number("rho", rho, "(0, inf)")
-    return _uniform(steps, high ** (1 / rho), low ** (1 / rho), lambda u: u**rho)
+    return _uniform(steps, high ** (1 / rho), low ** (1 / rho), lambda u: u**rho, to_zero)
 
 
-def log_snr_sigmas(steps: int, sigma_min: Numeric = 0.002, sigma_max: Numeric = 80.0) -> Sigmas:
-    """Uniform in log-SNR, that is in -log sigma, from sigma_max to sigma_min, then 0; (steps + 1,).
+def log_snr_sigmas(
+    steps: int,
+    sigma_min: Numeric = 0.002,
+    sigma_max: Numeric = 80.0,
+    *,
+    to_zero: bool = True,
+) -> Sigmas:
+    """Uniform in -log sigma, from sigma_max to sigma_min, then 0 if `to_zero`; (steps + 1,).
 
     Lu et al. 2022, arXiv:2206.00927; k-diffusion's "exponential". ValueError for fewer than one
     step.
     """
     low, high = _ends(sigma_min=sigma_min, sigma_max=sigma_max)
-    return _uniform(steps, jnp.log(high), jnp.log(low), jnp.exp)
+    return _uniform(steps, jnp.log(high), jnp.log(low), jnp.exp, to_zero)
 
 
-def cosine_sigmas(steps: int, sigma_min: Numeric = 0.002, sigma_max: Numeric = 80.0) -> Sigmas:
-    """Uniform in the angle arctan sigma, the time of `VPCosine(shift=0)`, then 0; (steps + 1,).
+def cosine_sigmas(
+    steps: int,
+    sigma_min: Numeric = 0.002,
+    sigma_max: Numeric = 80.0,
+    *,
+    to_zero: bool = True,
+) -> Sigmas:
+    """Uniform in arctan sigma, the time of `VPCosine(shift=0)`, then 0 if `to_zero`; (steps + 1,).
 
     Nichol & Dhariwal 2021, arXiv:2102.09672. ValueError for fewer than one step.
     """
     low, high = _ends(sigma_min=sigma_min, sigma_max=sigma_max)
-    return _uniform(steps, jnp.arctan(high), jnp.arctan(low), jnp.tan)
+    return _uniform(steps, jnp.arctan(high), jnp.arctan(low), jnp.tan, to_zero)
 
 
 def time_sigmas(
@@ -63,8 +83,10 @@ def time_sigmas(
     t_min: Numeric = 1e-3,
     t_max: Numeric = 1.0,
     power: Numeric = 1.0,
+    *,
+    to_zero: bool = True,
 ) -> Sigmas:
-    """Uniform in t^(1/power) of a schedule from t_max to t_min, then 0; (steps + 1,).
+    """Uniform in t^(1/power) of a schedule from t_max to t_min, then 0 if `to_zero`; (steps + 1,).
 
     power: 1 is uniform in time, 2 quadratic (Song et al. 2021, arXiv:2010.02502, section D.3).
     ValueError for fewer than one step, and where the ratio at t_max is infinite, as for
@@ -80,7 +102,7 @@ def time_sigmas(
     start = schedule.sigma(high) / schedule.alpha(high)
     if not isinstance(start, Tracer) and not np.isfinite(start):
         raise ValueError(f"t_max={t_max} has an infinite ratio: start below, such as at 0.999")
-    return _uniform(steps, high ** (1 / power), low ** (1 / power), ratio)
+    return _uniform(steps, high ** (1 / power), low ** (1 / power), ratio, to_zero)
 
 
 def flow_sigmas(steps: int, shift: Numeric = 1.0, t_max: Numeric = 0.999) -> Sigmas:
@@ -154,7 +176,10 @@ def _ends(within: str = "(0, inf)", **ends: Numeric) -> tuple[Array, Array]:
     return start, end
 
 
-def _uniform(steps: int, start: Array, end: Array, ratio: Callable[[Array], Array]) -> Sigmas:
-    """The ratio at `steps` equidistant points from start to end, then 0."""
-    ramp = jnp.linspace(0.0, 1.0, _checks.count("steps", steps))
-    return check_sigmas(jnp.append(ratio((1 - ramp) * start + ramp * end), 0.0))
+def _uniform(
+    steps: int, start: Array, end: Array, ratio: Callable[[Array], Array], to_zero: bool
+) -> Sigmas:
+    """The ratio at equidistant points from start to end, and 0 after the last if `to_zero`."""
+    ramp = jnp.linspace(0.0, 1.0, _checks.count("steps", steps) + (not to_zero))
+    sigmas = ratio((1 - ramp) * start + ramp * end)
+    return check_sigmas(jnp.append(sigmas, 0.0) if to_zero else sigmas)

@@ -1,4 +1,4 @@
-"""The grids that samplers are run on, from sigma = 80 to 0.002 and 0."""
+"""The grids that samplers are run on, from sigma = 80 to 0.002, and most of them to 0."""
 
 from functools import cache
 
@@ -9,6 +9,7 @@ import steindiff_jax as sd
 import sweep
 
 ENDS = 80.0, 0.002
+MAKERS = {"Karras": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
 # Timesteps of Stable Diffusion for ten steps, in Align Your Steps' quick start (Sabour et al. 2024,
 # arXiv:2404.14507): https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html.
 ALIGN_YOUR_STEPS = {
@@ -20,8 +21,16 @@ ALIGN_YOUR_STEPS = {
 @cache
 def common(steps: int) -> dict[str, np.ndarray]:
     """Name -> sigmas (steps + 1,), which end in 0."""
-    makers = {"Karras": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
-    return {name: np.asarray(make(steps), np.float64) for name, make in makers.items()}
+    return {name: np.asarray(make(steps), np.float64) for name, make in MAKERS.items()}
+
+
+@cache
+def above_zero(steps: int) -> dict[str, np.ndarray]:
+    """The same with all steps between the ends."""
+    return {
+        f"{name} to {ENDS[1]}": np.asarray(make(steps, to_zero=False), np.float64)
+        for name, make in MAKERS.items()
+    }
 
 
 @cache
@@ -47,8 +56,8 @@ def of(peer, steps: int, gits=None) -> dict[str, np.ndarray]:
     if peer.only_own:
         return own
     if not peer.to_zero:
-        return {name: sigmas[:-1] for name, sigmas in common(steps + 1).items()} | own
+        return dict(zip(MAKERS, above_zero(steps).values(), strict=True)) | own
     found = common(steps) | own
     if peer.every_grid:
-        found |= published(steps) | ({"GITS": gits(steps)} if gits else {})
+        found |= above_zero(steps) | published(steps) | ({"GITS": gits(steps)} if gits else {})
     return found

@@ -65,7 +65,7 @@ def installed(name: str) -> bool:
 
 def without_zero(steps: int) -> np.ndarray:
     """diff-sampler's own grid: Karras's levels, the last step to the smallest of them."""
-    return np.asarray(sd.karras_sigmas(steps + 1), np.float64)[:-1]
+    return np.asarray(sd.karras_sigmas(steps, to_zero=False), np.float64)
 
 
 def of_formulas() -> list[Peer]:

@@ -25,7 +25,7 @@ FAMILIES = (
     "vectors",
     "vectors, guided",
 )
-OURS: list[Sampler] = [("default (ours)", "Karras")]
+OURS: list[Sampler] = [("default (ours)", "Karras to 0.002")]  # as the README has it
 # What each library does, or its documentation or paper, where nothing else is asked for.
 THEIRS: list[Sampler] = [
     ("DPM++ 2M (diffusers)", "own"),

@@ -298,8 +298,18 @@ def put(rows, path):
 
 
 def test_report_says_first_where_a_peer_wins(tmp_path):
+    grids_of = dict(report.OURS)
     rows = [
-        row(side, sampler, distance, problem=problem, evaluations=n, guidance=w, seed=seed)
+        row(
+            side,
+            sampler,
+            distance,
+            problem=problem,
+            grid=grids_of.get(sampler, "Karras"),
+            evaluations=n,
+            guidance=w,
+            seed=seed,
+        )
         for problem in (*compare.PROBLEMS,)
         for w in (1.0, 7.0)
         for n in (3, 4, 5, 6, 8, 10, 16)
