@@ -736,9 +736,11 @@ def ours(solver: sd.Solver | None, denoise, x, sigmas, limit: float | None = Non
     denoiser = denoise.denoiser
     if limit is not None:
         denoiser = sd.DynamicThreshold(denoiser, limit=limit)
-    padded = np.pad(sigmas, (0, LONGEST + 1 - len(sigmas))).astype(x.dtype)  # one program for all
+    if sigmas[-1] == 0:  # one program for all of these
+        sigmas = np.pad(sigmas, (0, LONGEST + 1 - len(sigmas)))
     key = jax.random.key(0)  # of probes, which none of these has
-    solution = sd.sample(key, denoiser, sigmas=padded, solver=solver, x_init=x)
+    sigmas = np.asarray(sigmas, x.dtype)
+    solution = sd.sample(key, denoiser, sigmas=sigmas, solver=solver, x_init=x)
     denoise.calls += int(solution.info.nfe)
     return solution.x
 
