@@ -4,8 +4,8 @@ The network is `examples/images16.safetensors`, its law its own fine solve; the 
 of `examples/images16_classifier.safetensors`, so that no published figure compares. FID is to the
 test images, and to the fine solve ("own"), which a perfect solver would reach; it is biased by the
 number of samples, and the floor is that of as many draws of the fine solve. Plain solvers are those
-of other libraries, to 1e-9 (tests/test_parity.py). Of grids {Karras, log-SNR} the better counts,
-plain and corrected alike. Intervals are over seeds. Losses are printed first. Writes
+of other libraries, to 1e-9 (tests/test_parity.py). Of grids {Karras, log-SNR, Karras to 0.002} the
+best counts, plain and corrected alike. Intervals are over seeds. Losses are printed first. Writes
 results/natural_images.json after each guidance scale, and a picture beside it; --read prints the
 tables alone.
 """
@@ -65,6 +65,7 @@ def measure(scale: float, a: argparse.Namespace) -> dict:
         return Score(*distances_of, *shares, *distances(x, seed))
 
     options = {"steps": a.steps, "seeds": a.seeds, "name": f"{scale:g}", "judge": judge}
+    options["grids"] = sweep.GRIDS | sweep.ABOVE_ZERO
     runs = sweep.sweep(distances, a.solvers, sweep.CORRECTIONS, **options)
     if not scale:  # how far the plain ones must go for the same
         plain = {"plain": sweep.plain}
@@ -83,7 +84,7 @@ def pictures(scale: float, steps: tuple[int, ...], path: Path) -> None:
         denoiser = sd.guided(denoiser, free, scale)
 
     def draw(solver, k):
-        grid = sd.karras_sigmas(k)
+        grid = sd.karras_sigmas(k, to_zero=False)
         found = sd.sample(jax.random.key(3), denoiser, (10, 16, 16, 3), sigmas=grid, solver=solver)
         return np.concatenate(list(images.to_bytes(found.x)), axis=1)
 
@@ -122,7 +123,7 @@ def seconds(batch: int = 100, steps: int = 5, turns: int = 5) -> tuple[float, fl
 
 
 class Table:
-    """The better grid's values (seeds,), by (scale, solver, correction, steps)."""
+    """The best grid's values (seeds,), by (scale, solver, correction, steps)."""
 
     def __init__(self, runs: dict[sweep.Run, Score], measure: str) -> None:
         every = {}

@@ -28,6 +28,7 @@ import steindiff_jax as sd
 
 STEPS = (3, 4, 5, 6, 8, 10, 16)
 GRIDS = {"Karras": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
+ABOVE_ZERO = {"Karras to 0.002": partial(sd.karras_sigmas, to_zero=False)}
 SOLVERS = {
     "DDIM": sd.DDIM(),
     "Heun": sd.Heun(),
@@ -99,10 +100,12 @@ def sweep(
         for (g, grid), k, seed in itertools.product(grids.items(), steps, range(seeds)):
             noise = distances.noise(seed)
             sigmas = np.asarray(grid(k)).astype(noise.dtype)
+            if sigmas[-1] == 0:  # one program for all of these
+                sigmas = np.pad(sigmas, (0, longest - k))
             solution = sd.sample(
                 jax.random.key(seed),
                 denoiser(seed) if denoiser else problem.denoiser,
-                sigmas=np.pad(sigmas, (0, longest - k)),  # one program for all grids
+                sigmas=sigmas,
                 solver=solver,
                 x_init=noise.dtype.type(level) * sigmas[0] * noise,
             )

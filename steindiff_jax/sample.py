@@ -59,9 +59,10 @@ def sample(
         keys also shards the noise, and with it the samples.
       denoiser: (x, sigma) -> x0 estimate, with x = x0 + sigma * noise of shape (batch, *event).
       shape: (batch, *event) of noise to start from.
-      sigmas: (steps + 1,) decreasing noise-to-signal ratios; end in 0 for clean samples. See
-        `karras_sigmas`. Further zeros are padding: those steps are skipped, and grids padded to
-        one length share one compiled program (known by value, so not inside your own jit).
+      sigmas: (steps + 1,) decreasing noise-to-signal ratios, down to 0 or to noise that nobody
+        sees, such as `karras_sigmas(steps, to_zero=False)`. Further zeros are padding: those steps
+        are skipped, and grids padded to one length share one compiled program (known by value, so
+        not inside your own jit).
       solver: default `Stein(IPNDM(3))`, the best overall in `benchmarks/quality.py`.
       x_init: (batch, *event) start at sigmas[0], in place of sigmas[0] * noise.
       record: (state, step) -> anything; what it returns is stacked over the steps. Of a skipped

@@ -9,7 +9,7 @@ from numpy.testing import assert_allclose, assert_array_equal
 
 import steindiff_jax as sd
 
-GRIDS = [sd.karras_sigmas, sd.log_snr_sigmas]
+GRIDS = [sd.karras_sigmas, sd.log_snr_sigmas, sd.cosine_sigmas]
 
 
 @pytest.mark.parametrize("rho", [1.0, 7.0])
@@ -36,6 +36,8 @@ def test_ends_and_length(grid):
         assert np.all(np.diff(sigmas) < 0)
         if steps > 1:
             assert_allclose(sigmas[-2], 0.1)
+        above = grid(steps, sigma_min=0.1, sigma_max=3.0, to_zero=False)
+        assert_array_equal(above, grid(steps + 1, sigma_min=0.1, sigma_max=3.0)[:-1])
 
 
 @pytest.mark.parametrize("grid", GRIDS)
@@ -59,6 +61,8 @@ def test_time_grid(power):
         t = np.asarray(schedule.time(jnp.asarray(grid[:-1])))
         assert grid[-1] == 0.0
         assert_allclose(t ** (1 / power), np.linspace(0.9 ** (1 / power), 0.05 ** (1 / power), 7))
+        ends = {"t_min": 0.05, "t_max": 0.9, "power": power}
+        assert_array_equal(sd.time_sigmas(6, schedule, **ends, to_zero=False), grid[:-1])
 
 
 def test_cosine_grid():
