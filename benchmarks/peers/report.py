@@ -205,8 +205,8 @@ def opening(known: dict) -> str:
         "Grids: Karras and log-SNR from 80 to 0.002 and then 0 for all, each library's own, and "
         "for ours and for DPM++ and iPNDM of order 3 and more also these without the 0, DDPM's, "
         "GITS (our implementation) and the two published of Align Your Steps, rescaled in log "
-        "sigma. Our default is on Karras' grid without the 0, as the README has it; it was chosen "
-        "on problems that are not among these."
+        "sigma. Our default is on Karras' grid without the 0, as the README has it, chosen on "
+        "problems that are not among these."
     )
 
 
