@@ -167,7 +167,7 @@ def show(scores: dict[str, dict], times: tuple[float, float] | None) -> None:
         for p, found in scores.items():
             floor = np.mean([getattr(score, measure) for score in found["floor"]])
             done = {cell[3] for cell in table.cells if cell[0] == p}  # of this scale's run
-            for s in dict.fromkeys(cell[1] for cell in table.cells):
+            for s in dict.fromkeys(cell[1] for cell in table.cells if cell[0] == p):
                 for c in ("plain", "corrected"):
                     means = [table.cells[p, s, c, k].mean() if k in done else None for k in steps]
                     rows.append(
@@ -185,7 +185,8 @@ def further(table: Table, scores: dict[str, dict]) -> None:
     """How many evaluations the best plain solver needs for what the best corrected one reaches."""
     for p in scores:
         tried = sorted({cell[3] for cell in table.cells if cell[0] == p})
-        for k in {3, 5} & {cell[3] for cell in table.cells if cell[2] == "corrected"}:
+        corrected = {cell[3] for cell in table.cells if cell[0] == p and cell[2] == "corrected"}
+        for k in {3, 5} & corrected:
             reached = table.best(p, "corrected", k)[0].mean()
             enough = [n for n in tried if table.best(p, "plain", n)[0].mean() <= reached]
             needs = str(enough[0]) if enough else f"more than {tried[-1]}"
