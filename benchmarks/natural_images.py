@@ -31,6 +31,7 @@ HERE = Path(__file__).parent
 SOLVERS = ("DDIM", "2M", "iPNDM-3", "UniPC-3")
 STEPS = (3, 4, 5, 6, 8, 10)
 SCALES = (0.0, 2.0, 5.0)
+FEW = "Karras to 0.002"
 
 
 class Score(NamedTuple):
@@ -65,7 +66,7 @@ def measure(scale: float, a: argparse.Namespace) -> dict:
         return Score(*distances_of, *shares, *distances(x, seed))
 
     options = {"steps": a.steps, "seeds": a.seeds, "name": f"{scale:g}", "judge": judge}
-    options["grids"] = sweep.GRIDS | sweep.ABOVE_ZERO
+    options["grids"] = sweep.GRIDS | {FEW: sweep.ABOVE_ZERO[FEW]}
     runs = sweep.sweep(distances, a.solvers, sweep.CORRECTIONS, **options)
     if not scale:  # how far the plain ones must go for the same
         plain = {"plain": sweep.plain}

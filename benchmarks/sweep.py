@@ -28,7 +28,8 @@ import steindiff_jax as sd
 
 STEPS = (3, 4, 5, 6, 8, 10, 16)
 GRIDS = {"Karras": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
-ABOVE_ZERO = {"Karras to 0.002": partial(sd.karras_sigmas, to_zero=False)}
+# The same with all steps between the ends.
+ABOVE_ZERO = {f"{name} to 0.002": partial(make, to_zero=False) for name, make in GRIDS.items()}
 SOLVERS = {
     "DDIM": sd.DDIM(),
     "Heun": sd.Heun(),
@@ -99,9 +100,7 @@ def sweep(
         solver = correct(SOLVERS[s])
         for (g, grid), k, seed in itertools.product(grids.items(), steps, range(seeds)):
             noise = distances.noise(seed)
-            sigmas = np.asarray(grid(k)).astype(noise.dtype)
-            if sigmas[-1] == 0:  # one program for all of these
-                sigmas = np.pad(sigmas, (0, longest - k))
+            sigmas = padded(np.asarray(grid(k)).astype(noise.dtype), longest)
             solution = sd.sample(
                 jax.random.key(seed),
                 denoiser(seed) if denoiser else problem.denoiser,
@@ -111,6 +110,11 @@ def sweep(
             )
             found[Run(name, s, c, g, k, seed)] = (judge or distances)(np.asarray(solution.x), seed)
     return found
+
+
+def padded(sigmas: np.ndarray, longest: int) -> np.ndarray:
+    """For one program for all numbers of steps; a grid that ends above 0 cannot be, and is not."""
+    return np.pad(sigmas, (0, longest + 1 - len(sigmas))) if sigmas[-1] == 0 else sigmas
 
 
 @contextlib.contextmanager

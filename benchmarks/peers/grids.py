@@ -9,7 +9,6 @@ import steindiff_jax as sd
 import sweep
 
 ENDS = 80.0, 0.002
-MAKERS = {"Karras": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
 # Timesteps of Stable Diffusion for ten steps, in Align Your Steps' quick start (Sabour et al. 2024,
 # arXiv:2404.14507): https://research.nvidia.com/labs/toronto-ai/AlignYourSteps/howto.html.
 ALIGN_YOUR_STEPS = {
@@ -21,16 +20,13 @@ ALIGN_YOUR_STEPS = {
 @cache
 def common(steps: int) -> dict[str, np.ndarray]:
     """Name -> sigmas (steps + 1,), which end in 0."""
-    return {name: np.asarray(make(steps), np.float64) for name, make in MAKERS.items()}
+    return {name: np.asarray(make(steps), np.float64) for name, make in sweep.GRIDS.items()}
 
 
 @cache
 def above_zero(steps: int) -> dict[str, np.ndarray]:
     """The same with all steps between the ends."""
-    return {
-        f"{name} to {ENDS[1]}": np.asarray(make(steps, to_zero=False), np.float64)
-        for name, make in MAKERS.items()
-    }
+    return {name: np.asarray(make(steps), np.float64) for name, make in sweep.ABOVE_ZERO.items()}
 
 
 @cache
@@ -56,7 +52,7 @@ def of(peer, steps: int, gits=None) -> dict[str, np.ndarray]:
     if peer.only_own:
         return own
     if not peer.to_zero:
-        return dict(zip(MAKERS, above_zero(steps).values(), strict=True)) | own
+        return dict(zip(sweep.GRIDS, above_zero(steps).values(), strict=True)) | own
     found = common(steps) | own
     if peer.every_grid:
         found |= above_zero(steps) | published(steps) | ({"GITS": gits(steps)} if gits else {})

@@ -15,6 +15,7 @@ from functools import cache, partial
 import numpy as np
 
 import steindiff_jax as sd
+import sweep
 from peers import dpm_v3, formulas, grids, stabilisers
 
 
@@ -65,7 +66,7 @@ def installed(name: str) -> bool:
 
 def without_zero(steps: int) -> np.ndarray:
     """diff-sampler's own grid: Karras's levels, the last step to the smallest of them."""
-    return np.asarray(sd.karras_sigmas(steps, to_zero=False), np.float64)
+    return grids.above_zero(steps)["Karras to 0.002"]
 
 
 def of_formulas() -> list[Peer]:
@@ -736,10 +737,8 @@ def ours(solver: sd.Solver | None, denoise, x, sigmas, limit: float | None = Non
     denoiser = denoise.denoiser
     if limit is not None:
         denoiser = sd.DynamicThreshold(denoiser, limit=limit)
-    if sigmas[-1] == 0:  # one program for all of these
-        sigmas = np.pad(sigmas, (0, LONGEST + 1 - len(sigmas)))
+    sigmas = sweep.padded(np.asarray(sigmas, x.dtype), LONGEST)
     key = jax.random.key(0)  # of probes, which none of these has
-    sigmas = np.asarray(sigmas, x.dtype)
     solution = sd.sample(key, denoiser, sigmas=sigmas, solver=solver, x_init=x)
     denoise.calls += int(solution.info.nfe)
     return solution.x
