@@ -198,13 +198,16 @@ def test_guidance_sweep(script, monkeypatch):
 
 
 def test_quickstart(script, capsys):
+    """At three steps: on this law, of narrow clumps, plain iPNDM-3 is ahead from five on."""
     denoisers = {"all": Images(blurred_scans(*range(10))), "threes": Images(blurred_scans(3))}
-    quickstart = script("quickstart", denoisers=denoisers)
-    script("quickstart", solvers=quickstart.solvers | {"reference": (sd.DPMpp2M(), 30)}).main()
+    quickstart = script("quickstart", denoisers=denoisers, STEPS=3)
+    steps = {"2M": 3, "iPNDM-3": 3, "default": 3, "reference": 100}
+    solvers = {name: (solver, steps[name]) for name, (solver, _) in quickstart.solvers.items()}
+    script("quickstart", solvers=solvers).main()
     rows = re.findall(r"(iPNDM-3|default|reference) +([.\d]+) +([.\d]+)", capsys.readouterr().out)
     distances = np.array([row[1:] for row in rows], float).reshape(2, 3, 2)
     plain, corrected, reference = np.moveaxis(distances, 1, 0)
-    assert np.all(corrected[:, 1] < plain[:, 1])
+    assert np.all(corrected < plain)
     assert_array_equal(reference, 0)
     assert quickstart.PICTURE.exists()
 
