@@ -20,7 +20,6 @@ import itertools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
@@ -141,7 +140,7 @@ def main() -> None:
             options.samples,
             options.batch,
             event,
-            sigmas=jnp.pad(GRIDS[g](k, **ends), (0, most - k)),  # one program for all grids
+            sigmas=sweep.padded(np.asarray(GRIDS[g](k, **ends)), most),
             solver=CORRECTIONS[c](SOLVERS[s]),
         )
         done[cell] = fid.cells(reference, fid.statistics(samples, features))

@@ -402,15 +402,13 @@ class Problem(NamedTuple):
     """A denoiser, and the law that it should sample.
 
     denoiser: of (batch, *event); event; law: draws (n, *event), in the precision to compute in;
-    mixture: the law itself, if it is one; grid: steps -> sigmas, the denoiser's own if it has one;
-    fine: steps of a fine solve.
+    mixture: the law itself, if it is one; fine: steps of a fine solve.
     """
 
     denoiser: sd.Denoiser
     event: tuple[int, ...]
     law: np.ndarray
     mixture: Mixture | None = None
-    grid: Callable[[int], Array] | None = None
     fine: int = 100
 
 

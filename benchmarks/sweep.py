@@ -80,7 +80,7 @@ def sweep(
     *,
     steps: Iterable[int] = STEPS,
     seeds: int = 1,
-    grids: dict[str, Callable] | None = None,
+    grids: dict[str, Callable] = GRIDS,
     denoiser: Callable[[int], sd.Denoiser] | None = None,
     level: float = 1.0,
     judge: Callable[[np.ndarray, int], Any] | None = None,
@@ -88,14 +88,12 @@ def sweep(
 ) -> dict[Run, Any]:
     """Every run's `Distance`, or what `judge` makes of the samples (n, *event) and the seed.
 
-    grids: name -> steps -> sigmas, by default `GRIDS` and the denoiser's own; denoiser: seed ->
-    another one than the problem's; level: of the initial noise, over what the grid says.
+    grids: name -> steps -> sigmas; denoiser: seed -> another one than the problem's; level: of the
+    initial noise, over what the grid says.
     """
     problem, longest, found = distances.problem, max(steps), {}
     if callable(corrections):
         corrections = corrections(problem)
-    if grids is None:
-        grids = GRIDS | ({"own": problem.grid} if problem.grid else {})
     for s, (c, correct) in itertools.product(solvers, corrections.items()):
         solver = correct(SOLVERS[s])
         for (g, grid), k, seed in itertools.product(grids.items(), steps, range(seeds)):
@@ -113,8 +111,8 @@ def sweep(
 
 
 def padded(sigmas: np.ndarray, longest: int) -> np.ndarray:
-    """For one program for all numbers of steps; a grid that ends above 0 cannot be, and is not."""
-    return np.pad(sigmas, (0, longest + 1 - len(sigmas))) if sigmas[-1] == 0 else sigmas
+    """For one program for all numbers of steps."""
+    return np.pad(sigmas, (0, longest + 1 - len(sigmas)), mode="edge")
 
 
 @contextlib.contextmanager
@@ -127,12 +125,13 @@ def prepared(half: str, name: str, n: int):
         yield metrics.Distances(problems.build(half, name, n), n)
 
 
-def _one(name: str, half: str, solvers, corrections, n: int, steps, seeds: int) -> dict[Run, Any]:
+def _one(name: str, half: str, solvers, corrections, n: int, grids, steps, seeds) -> dict[Run, Any]:
     if name in problems.NETWORKS:
         steps = [k for k in steps if k in NETWORK_STEPS] or steps
     try:
         with prepared(half, name, n) as distances:
-            options = {"steps": steps, "seeds": seeds, "name": name}
+            grids = {grid: (GRIDS | ABOVE_ZERO)[grid] for grid in grids}
+            options = {"grids": grids, "steps": steps, "seeds": seeds, "name": name}
             return sweep(distances, solvers, corrections, **options)
     except FileNotFoundError as error:
         print(f"{name} is left out: {error}", file=sys.stderr)
@@ -155,6 +154,7 @@ def sweep_all(half: str, arguments: argparse.Namespace, corrections: Corrections
         solvers=a.solvers,
         corrections=corrections,
         n=a.samples,
+        grids=a.grids,
         steps=a.steps,
         seeds=a.seeds,
     )
@@ -180,6 +180,8 @@ def options(
     where = {"nargs": "*", "metavar": "NAME", "help": "default: %(default)s"}
     parser.add_argument("--problems", default=list(chosen) or names, choices=names, **where)
     parser.add_argument("--solvers", default=list(solvers), choices=list(SOLVERS), **where)
+    every = [*GRIDS, *ABOVE_ZERO]
+    parser.add_argument("--grids", default=list(GRIDS), choices=every, **where)
     parser.add_argument("--steps", nargs="*", type=int, default=list(steps))
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--samples", type=int, default=n)

@@ -48,7 +48,7 @@ _RTOL = 1e-5  # two sigmas are one and the same but for the rounding of float32
 class Calibrated(Wrapper):
     """A Stein-corrected solver whose coefficients are a table; made by `calibrate` or `load`.
 
-    It steps along its own grid only (`table.sigmas`), padding zeros allowed. Another one is a
+    It steps along its own grid only (`table.sigmas`), padding allowed. Another one is a
     ValueError, in `sample` or in `init`, if its length or, where they are known, its values are
     wrong. Inside your own `jit` values are not known: there a step that is not in the table gets
     gamma = NaN, and the samples are NaN and marked in info.finite, rather than wrong.
@@ -83,7 +83,7 @@ class Calibrated(Wrapper):
         if isinstance(sigmas, Tracer) or isinstance(self.sigmas, Tracer):
             other = jnp.shape(sigmas)[0] < self.sigmas.shape[0]  # more of them may be padding
         else:
-            mine, given = (np.trim_zeros(np.asarray(grid), "b") for grid in (self.sigmas, sigmas))
+            mine, given = (_unpadded(np.asarray(grid)) for grid in (self.sigmas, sigmas))
             other = mine.shape != given.shape or not np.allclose(mine, given, rtol=_RTOL, atol=0)
         if other:
             raise ValueError(
@@ -288,6 +288,10 @@ def _flat(values: list) -> Iterator:
 
 def _close(a: Array, b: Array) -> Array:
     return jnp.abs(a - b) <= _RTOL * jnp.abs(b)
+
+
+def _unpadded(sigmas: np.ndarray) -> np.ndarray:
+    return sigmas[: np.count_nonzero(sigmas[1:] < sigmas[:-1]) + 1]
 
 
 def _show(sigmas: ArrayLike) -> str:

@@ -155,13 +155,14 @@ def check_sigmas(sigmas: ArrayLike) -> Array:
         return grid
     values = np.asarray(grid)
     if values[0] < np.inf and values[-1] >= 0 and (values[1:] < values[:-1]).all():
-        return grid  # as nearly all are; what follows finds zeros at the end, and what is wrong
+        return grid  # as nearly all are; what follows finds padding, and what is wrong
     if not np.isfinite(values).all():
         raise ValueError(f"sigmas must be finite, got {values}; start a flow at t < 1")
     positive = values[: np.argmin(values > 0)] if values[-1] <= 0 else values
     if not positive.size or (values[positive.size :] != 0).any():
         raise ValueError(f"sigmas must be positive, 0 only at the end, got {values}")
-    if (np.diff(positive) >= 0).any():
+    steps = np.argmax(np.append(values[1:] >= values[:-1], True))
+    if steps == 0 or (values[steps:] != values[-1]).any():
         raise ValueError(f"sigmas must decrease strictly, got {values}")
     return grid
 

@@ -60,9 +60,10 @@ def sample(
       denoiser: (x, sigma) -> x0 estimate, with x = x0 + sigma * noise of shape (batch, *event).
       shape: (batch, *event) of noise to start from.
       sigmas: (steps + 1,) decreasing noise-to-signal ratios, down to 0 or to noise that nobody
-        sees, such as `karras_sigmas(steps, to_zero=False)`. Further zeros are padding: those steps
-        are skipped, and grids padded to one length share one compiled program (known by value, so
-        not inside your own jit).
+        sees, such as `karras_sigmas(steps, to_zero=False)`. Where the last is repeated, that is
+        padding: those steps are skipped, and grids padded to one length,
+        `jnp.pad(sigmas, (0, n), mode="edge")`, share one compiled program (known by value, so not
+        inside your own jit).
       solver: default `Stein(IPNDM(3))`, the best overall in `benchmarks/quality.py`.
       x_init: (batch, *event) start at sigmas[0], in place of sigmas[0] * noise.
       record: (state, step) -> anything; what it returns is stacked over the steps. Of a skipped
@@ -100,9 +101,7 @@ def sample(
         shape = ()
         if sigmas.dtype != x_init.dtype:
             sigmas = sigmas.astype(x_init.dtype)
-    padded = (
-        not isinstance(sigmas, Tracer) and sigmas.size > 2 and bool(np.asarray(sigmas)[-2] == 0)
-    )
+    padded = not isinstance(sigmas, Tracer) and bool(np.equal(*np.asarray(sigmas)[-2:]))
     leaves, structure = jax.tree.flatten((denoiser, solver, record))
     data = as_data(leaves, sigmas.dtype)
     program = _program(leaves)
@@ -152,7 +151,7 @@ def _sample(
 
 
 def _scan_padded(body: Any, start: State, inputs: tuple, kept_apart: Any) -> tuple[State, Any]:
-    """As `lax.scan`, but a step from 0 to 0 changes nothing and repeats what the last one gave."""
+    """As `lax.scan`, but of padding nothing is made: it repeats what the last step gave."""
     first = jax.tree.map(lambda a: a[0], inputs)
     blank = jax.tree.map(
         lambda a: jnp.zeros(a.shape, a.dtype), jax.eval_shape(body, start, first)[1]
@@ -163,8 +162,8 @@ def _scan_padded(body: Any, start: State, inputs: tuple, kept_apart: Any) -> tup
         return state, (jnp.ones_like(gamma), jnp.zeros_like(nfe), *rest)
 
     def padded(carry: tuple, inputs: tuple) -> tuple[tuple, Any]:
-        made = inputs[1] > 0
-        state, facts = lax.cond(made, lambda s, _: body(s, inputs), skipped, *carry)
+        _, sigma, sigma_next = inputs
+        state, facts = lax.cond(sigma_next < sigma, lambda s, _: body(s, inputs), skipped, *carry)
         return (state, facts), facts
 
     (end, _), facts = lax.scan(kept_apart(padded), (start, blank), inputs)

@@ -127,6 +127,10 @@ def test_the_same_grid_computed_otherwise_is_not_refused():
     assert np.all(whole.info.finite)
     assert_array_equal(replay(table, sigmas=single).info.gamma, table.gamma)
     assert_allclose(replay(table, sigmas=jnp.pad(GRID, (0, 3))).x, whole.x, rtol=1e-12)
+    above = GRID[:-1]
+    table = sd.calibrate(KEY, DENOISER, None, above, DEFAULT, x_init=X)
+    padded = replay(table, sigmas=jnp.pad(above, (0, 3), mode="edge"))
+    assert_allclose(padded.x, replay(table, sigmas=above).x, rtol=1e-12)
 
 
 def test_another_solver_or_denoiser_is_refused(tmp_path):

@@ -149,10 +149,18 @@ def test_a_grid_in_time_from_infinity_is_refused(schedule):
 
 
 @pytest.mark.parametrize(
-    "solver", [sd.Stein(sd.DPMpp3M()), pytest.param(sd.Heun(), marks=pytest.mark.slow)], ids=type
+    ("solver", "to_zero"),
+    [
+        (sd.Stein(sd.DPMpp3M()), True),
+        (sd.Stein(sd.UniPC(3)), False),
+        (sd.LMS(3), False),
+        pytest.param(sd.Heun(), True, marks=pytest.mark.slow),
+        pytest.param(sd.Heun(), False, marks=pytest.mark.slow),
+    ],
+    ids=str,
 )
-def test_padding_changes_nothing(solver):
-    """Grids padded with zeros share one program and give what the grid alone gives."""
+def test_padding_changes_nothing(solver, to_zero):
+    """Grids padded with their last level share one program and give what the grid alone gives."""
     traces = []
 
     @jax.tree_util.Partial
@@ -168,13 +176,14 @@ def test_padding_changes_nothing(solver):
     def record(state, step):
         return state.x, step.x0, step.nfe
 
-    grids = [sd.karras_sigmas(n) for n in (3, 5)]
+    grids = [sd.karras_sigmas(n, to_zero=to_zero) for n in (3, 5, 4)]
     alone = [draw(grid) for grid in grids]
     traces.clear()
-    padded = [draw(jnp.pad(grid, (0, 9 - grid.size))) for grid in grids]
-    once = len(traces)
-    draw(jnp.pad(sd.karras_sigmas(4), (0, 4)))
-    assert len(traces) == once > 0
+    padded, traced = [], []
+    for grid in grids:
+        padded.append(draw(jnp.pad(grid, (0, 9 - grid.size), mode="edge")))
+        traced.append(len(traces))
+    assert traced[0] == traced[-1] > 0
     for one, other, grid in zip(alone, padded, grids, strict=True):
         steps = grid.size - 1
         assert_allclose(other.x, one.x, rtol=1e-12)

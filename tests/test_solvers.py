@@ -309,17 +309,18 @@ def test_evaluations(solver, to_zero, above):
     [sd.UniPC(3), sd.DEIS(4, lower_order_final=True), sd.LMS(3, lower_order_final=True)],
     ids=str,
 )
-def test_lower_orders_at_the_end_of_a_padded_grid(solver):
-    """The last step is that before the zeros."""
+@pytest.mark.parametrize("last", [0.0, 0.01])
+def test_lower_orders_at_the_end_of_a_padded_grid(solver, last):
+    """The last step is that before the padding."""
 
     @jax.jit
     def weights(sigmas):
         def padded(sigmas):
-            rows = solver.weights(jnp.pad(sigmas, (0, 3)))
+            rows = solver.weights(jnp.pad(sigmas, (0, 3), mode="edge"))
             return rows.sum(), rows
 
         return solver.weights(sigmas), *jax.grad(padded, has_aux=True)(sigmas)
 
-    alone, slopes, padded = weights(jnp.asarray(np.append(SIGMAS, 0.0)))
+    alone, slopes, padded = weights(jnp.asarray(np.append(SIGMAS, last)))
     assert_allclose(padded[: len(alone)], alone, rtol=1e-12)
     assert np.isfinite(slopes).all()

@@ -34,9 +34,10 @@ KINDS = ("midpoint", "heun")
 
 
 def log_snr(sigmas: Sigmas) -> Sigmas:
-    """-log sigma; a node at 0 is put one unit after the one before it, so that all is finite."""
+    """-log sigma; nodes at 0 and padding each one unit after the one before, so all is finite."""
     smallest = jnp.min(sigmas, where=sigmas > 0, initial=jnp.inf)
-    return jnp.cumsum(sigmas == 0) - jnp.log(jnp.where(sigmas > 0, sigmas, smallest))
+    beyond = (sigmas == 0) | (sigmas == jnp.roll(sigmas, 1))
+    return jnp.cumsum(beyond) - jnp.log(jnp.where(sigmas > 0, sigmas, smallest))
 
 
 def moments_of(h: Float[Array, " n"], order: int, prediction: str) -> Float[Array, " n {order}-1"]:

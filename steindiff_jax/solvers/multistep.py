@@ -73,10 +73,10 @@ class Multistep(Solver):
         """How many earlier values each step interpolates; none in a step to 0, unless told so."""
         index = jnp.arange(sigmas.size - 1)
         count = jnp.minimum(index, order - 1)
+        made = sigmas[1:] < sigmas[:-1]  # the others are padding
         if self.lower_order_final:
-            steps = jnp.sum(sigmas[:-1] > 0)  # steps from 0 to 0 are padding
-            count = jnp.minimum(count, steps - 1 - index)
-        return jnp.where((sigmas[1:] if denoise_last else sigmas[:-1]) > 0, count, 0)
+            count = jnp.minimum(count, made.sum() - 1 - index)
+        return jnp.where(made & ((sigmas[1:] if denoise_last else sigmas[:-1]) > 0), count, 0)
 
     def init(self, x: Batch, sigmas: Sigmas) -> Memory:
         weights = self.weights(at_least_float32(sigmas)).astype(x.dtype)
@@ -123,7 +123,7 @@ def interpolation_weights(
     index, order = jnp.arange(steps)[:, None], jnp.arange(1, size + 1)
     nodes = index - (order if back is None else jnp.asarray(back, order.dtype))[None]
     used = order[None] <= count[:, None]
-    h = jnp.where(count > 0, jnp.diff(z), 1.0)  # a grid padded with zeros has none of its own
+    h = jnp.where(count > 0, jnp.diff(z), 1.0)  # padding has none of its own
     r = jnp.where(used, (z[jnp.maximum(nodes, 0)] - z[:-1, None]) / h[:, None], 1.0)
     # Coefficients of u, u^2, ..., each of all l_j; nodes that are not used divide by 1.
     lagrange = [1 / r] + [jnp.zeros_like(r)] * (size - 1)

@@ -54,7 +54,7 @@ class UniPC(Multistep):
         change = corrector.at[:, 1:].add(-predictor)
         change = change.at[:, 0].set(-change.sum(axis=1))
         # ... and in units of this step's own change.
-        last = sigmas[1:] == 0
+        last = (sigmas[1:] == 0) | (sigmas[1:] == sigmas[:-1])  # to 0, or padding
         drop = -jnp.diff(sigmas)
         scale = drop[:-1] / jnp.where(last, 1.0, drop)[1:]
         if self.prediction == "x0":

@@ -104,7 +104,7 @@ class Churn(StochasticSolver):
 
     def init(self, x: Batch, sigmas: Sigmas) -> Raised:
         _without_memory("Churn", self.inner, x, sigmas)
-        steps = jnp.sum(sigmas[:-1] > 0)
+        steps = jnp.sum(sigmas[1:] < sigmas[:-1])
         return Raised(jnp.minimum(self.churn / steps, math.sqrt(2) - 1).astype(sigmas.dtype))
 
     def advance(
