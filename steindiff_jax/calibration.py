@@ -83,7 +83,7 @@ class Calibrated(Wrapper):
         if isinstance(sigmas, Tracer) or isinstance(self.sigmas, Tracer):
             other = jnp.shape(sigmas)[0] < self.sigmas.shape[0]  # more of them may be padding
         else:
-            mine, given = (_unpadded(np.asarray(grid)) for grid in (self.sigmas, sigmas))
+            mine, given = (unpadded(np.asarray(grid)) for grid in (self.sigmas, sigmas))
             other = mine.shape != given.shape or not np.allclose(mine, given, rtol=_RTOL, atol=0)
         if other:
             raise ValueError(
@@ -290,7 +290,8 @@ def _close(a: Array, b: Array) -> Array:
     return jnp.abs(a - b) <= _RTOL * jnp.abs(b)
 
 
-def _unpadded(sigmas: np.ndarray) -> np.ndarray:
+def unpadded(sigmas: np.ndarray) -> np.ndarray:
+    """The grid as far as it decreases."""
     return sigmas[: np.count_nonzero(sigmas[1:] < sigmas[:-1]) + 1]
 
 

@@ -23,7 +23,7 @@ from steindiff_jax import _checks, _random
 from steindiff_jax._identity import fingerprint
 from steindiff_jax._numerics import divide
 from steindiff_jax._pytree import pytree
-from steindiff_jax.calibration import Calibrated, calibrate
+from steindiff_jax.calibration import Calibrated, calibrate, unpadded
 from steindiff_jax.grids import check_sigmas, log_snr_sigmas
 from steindiff_jax.protocols import (
     Batch,
@@ -136,7 +136,7 @@ def fit(
       key: as in `sample`; keys that are sharded shard the batches too.
       denoiser: as in `sample`.
       shape: (batch, *event) of a batch of noise.
-      sigmas: (steps + 1,) grid to start from. It ends in 0; its first value is kept.
+      sigmas: (steps + 1,) grid to start from. Its first value is kept, and its last if that is 0.
       solver: a deterministic one of one evaluation a step, or a `Stein` around one, whose basis is
         then that of the coefficients and rows; one band otherwise. Or a `Fitted`, to go on.
       parts: what is fitted, names of `Fitted`'s attributes: "sigmas", "coefficients", "rows",
@@ -157,8 +157,8 @@ def fit(
       `Fitted`: `sample(key, denoiser, shape, sigmas=fitted.sigmas, solver=fitted)`.
 
     Raises:
-      ValueError: unknown parts; a grid that does not end in 0; numbers that are not positive; what
-        `calibrate` refuses; a start or a teacher that does not stay finite.
+      ValueError: unknown parts; an invalid grid; numbers that are not positive; what `calibrate`
+        refuses; a start or a teacher that does not stay finite.
     """
     from scipy.optimize import minimize  # jax brings it; half a second that others need not wait
 
@@ -171,7 +171,7 @@ def fit(
     steps, past, _ = start.rows.shape
     high = start.sigmas[0]
     if teacher is None:
-        teacher = log_snr_sigmas(40, jnp.minimum(start.sigmas[-2], 0.002), high)
+        teacher = log_snr_sigmas(40, jnp.minimum(_positive(start.sigmas)[-1], 0.002), high)
 
     @jax.jit
     def noise(key: Key) -> Array:
@@ -193,7 +193,7 @@ def fit(
     def build(flat: Array) -> Fitted:
         new = unravel(flat)
         if "sigmas" in new:
-            new["sigmas"] = _grid(high, new["sigmas"])
+            new["sigmas"] = _grid(high, new["sigmas"], steps)
         if "rows" in new:  # what is not there yet has no weight
             here, back = jnp.arange(steps)[:, None, None], jnp.arange(past)[None, :, None]
             new["rows"] = jnp.where(back < here, new["rows"], 0.0)
@@ -257,12 +257,10 @@ def _start(
 ) -> Fitted:
     """The solver as it is, on this grid: as `Fitted`, with corrections of 0."""
     sigmas = check_sigmas(sigmas)
-    if np.asarray(sigmas)[-1] > 0:
-        raise ValueError(f"sigmas must end in 0, got {np.asarray(sigmas)}")
     if isinstance(solver, Fitted):
         solver.check(sigmas)
         return solver
-    sigmas = jnp.append(sigmas[sigmas > 0], 0.0)
+    sigmas = jnp.asarray(unpadded(np.asarray(sigmas)))
     steps = sigmas.size - 1
     if isinstance(solver, Stein):
         table = calibrate(key, denoiser, shape, sigmas, solver)
@@ -283,7 +281,7 @@ def _start(
 def _parameter(solver: Fitted, part: str) -> Any:
     """What is fitted of a part: itself, or of the grid log of its steps in log sigma, but to 0."""
     value = getattr(solver, part)
-    return jnp.log(-jnp.diff(jnp.log(value[:-1]))) if part == "sigmas" else value
+    return jnp.log(-jnp.diff(jnp.log(_positive(value)))) if part == "sigmas" else value
 
 
 def _kinds(parameters: dict[str, Any]) -> np.ndarray:
@@ -293,10 +291,14 @@ def _kinds(parameters: dict[str, Any]) -> np.ndarray:
     return np.repeat(np.arange(sum(counts)), np.repeat([leaf[:1].size for leaf in leaves], counts))
 
 
-def _grid(high: Scalar, increments: Array) -> Sigmas:
-    """The grid of these: from `high`, always decreasing, and then 0."""
+def _grid(high: Scalar, increments: Array, steps: int) -> Sigmas:
+    """The grid of these: from `high`, always decreasing, and then 0 if that is one of the steps."""
     below = high * jnp.exp(-jnp.cumsum(jnp.exp(increments)))
-    return jnp.concatenate([high[None], below, jnp.zeros_like(high)[None]])
+    return jnp.concatenate([high[None], below, jnp.zeros(steps - below.size, high.dtype)])
+
+
+def _positive(sigmas: Sigmas) -> Array:
+    return sigmas[: -1 if sigmas[-1] == 0 else None]
 
 
 def _banded(targets: Float[Array, "batches batch *event"]) -> Metric:

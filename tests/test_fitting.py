@@ -101,7 +101,7 @@ def test_gradient_of_the_whole_chain(solver):
 
     @jax.jit
     def loss(parameters):
-        grid = fitting._grid(GRID[0], parameters["sigmas"])
+        grid = fitting._grid(GRID[0], parameters["sigmas"], 4)
         new = dataclasses.replace(solver, **parameters | {"sigmas": grid})
         x_end = sd.sample(KEY, DENOISER, sigmas=grid, solver=new, x_init=x, remat=True).x
         return jnp.mean((x_end - target) ** 2)
@@ -171,12 +171,12 @@ def test_the_grid_keeps_its_ends_and_decreases():
     assert np.all(np.diff(sigmas) < 0)
     rng = np.random.default_rng(0)
     for size in (0.0, 1.0, 3.0):
-        grid = fitting._grid(GRID[0], jnp.asarray(size * rng.standard_normal(6)))
+        grid = fitting._grid(GRID[0], jnp.asarray(size * rng.standard_normal(6)), 7)
         assert grid.shape == (8,)
         assert np.all(np.diff(grid) < 0)
         assert grid[0] == GRID[0]
         assert grid[-1] == 0
-    again = fitting._grid(GRID[0], fitting._parameter(start(PLAIN), "sigmas"))
+    again = fitting._grid(GRID[0], fitting._parameter(start(PLAIN), "sigmas"), 4)
     assert_allclose(again, GRID, rtol=1e-14)
 
 
@@ -270,9 +270,19 @@ def test_what_cannot_be_fitted_is_refused(options, match):
         fit(PLAIN, **options)
 
 
-def test_a_grid_that_does_not_end_in_0_is_refused():
-    with pytest.raises(ValueError, match="must end in 0"):
-        sd.fit(KEY, DENOISER, (32, 2), GRID[:-1], PLAIN)
+def test_a_grid_that_ends_above_0():
+    """All its levels but the first are fitted, and samples of other noise end nearer."""
+    grid, x = sd.karras_sigmas(4, to_zero=False), normal(64, 2, seed=7, scale=80.0)
+    options = {"parts": ("sigmas", "coefficients"), "iterations": 10}
+    found = sd.fit(KEY, DENOISER, (32, 2), jnp.pad(grid, (0, 2), mode="edge"), STEIN, **options)
+    assert found.sigmas.shape == (5,)
+    assert found.sigmas[0] == grid[0]
+    assert np.all(np.asarray(found.sigmas[1:]) != grid[1:])
+    assert np.all(np.diff(found.sigmas) < 0)
+    assert found.sigmas[-1] > 0
+    target = run(STEIN, x, sd.log_snr_sigmas(40))
+    before, after = (np.mean((y - target) ** 2) for y in (run(STEIN, x, grid), run(found, x)))
+    assert after < 0.7 * before
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
