@@ -71,7 +71,7 @@ class Bench:
             noise = self.distances.noise(draw)
             start = np.asarray(sigmas, noise.dtype)
             key, x_init = jax.random.key(draw), start[0] * noise
-            start = np.pad(start, (0, max(*self.a.steps, len(start) - 1) + 1 - len(start)))
+            start = sweep.padded(start, max(*self.a.steps, len(start) - 1))
             x = sd.sample(key, denoiser, sigmas=start, solver=solver, x_init=x_init).x
             samples.append(np.asarray(x))
             found.append(self.distances(samples[-1], draw))
