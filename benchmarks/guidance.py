@@ -26,7 +26,6 @@ import sweep
 
 OCTAVES = sd.Cosine(colour=False)
 LAWS = ("own", "data")
-GRIDS = sweep.GRIDS | sweep.ABOVE_ZERO
 
 
 def by_band(scale: float, event: tuple[int, ...]) -> dict:
@@ -74,7 +73,7 @@ def measure(
         return sd.guided(problem.denoiser, against, **options)
 
     def padded(k: int) -> np.ndarray:  # each of them, so that one program does for all
-        return sweep.padded(np.asarray(GRIDS[a.grid](k)), max(a.steps))
+        return sweep.padded(np.asarray(sweep.EVERY_GRID[a.grid](k)), max(a.steps))
 
     laws = {"data": data}
     if method != "CFG++":
@@ -136,7 +135,7 @@ def main() -> None:
     parser.add_argument("--problems", default=mixtures, choices=names, **named)
     parser.add_argument("--methods", default=list(METHODS), choices=list(METHODS), **named)
     parser.add_argument("--solvers", default=["2M", "iPNDM-3"], choices=sweep.SOLVERS, **named)
-    parser.add_argument("--grid", default="Karras", choices=GRIDS)
+    parser.add_argument("--grid", default="Karras", choices=sweep.EVERY_GRID)
     parser.add_argument("--guidance", nargs="+", type=float, default=[3, 6, 10])
     parser.add_argument("--steps", nargs="+", type=int, default=[4, 6, 10])
     parser.add_argument("--seeds", type=int, default=3)

@@ -30,6 +30,7 @@ STEPS = (3, 4, 5, 6, 8, 10, 16)
 GRIDS = {"Karras": sd.karras_sigmas, "log-SNR": sd.log_snr_sigmas}
 # The same with all steps between the ends.
 ABOVE_ZERO = {f"{name} to 0.002": partial(make, to_zero=False) for name, make in GRIDS.items()}
+EVERY_GRID = GRIDS | ABOVE_ZERO
 SOLVERS = {
     "DDIM": sd.DDIM(),
     "Heun": sd.Heun(),
@@ -130,7 +131,7 @@ def _one(name: str, half: str, solvers, corrections, n: int, grids, steps, seeds
         steps = [k for k in steps if k in NETWORK_STEPS] or steps
     try:
         with prepared(half, name, n) as distances:
-            grids = {grid: (GRIDS | ABOVE_ZERO)[grid] for grid in grids}
+            grids = {grid: EVERY_GRID[grid] for grid in grids}
             options = {"grids": grids, "steps": steps, "seeds": seeds, "name": name}
             return sweep(distances, solvers, corrections, **options)
     except FileNotFoundError as error:
@@ -180,8 +181,7 @@ def options(
     where = {"nargs": "*", "metavar": "NAME", "help": "default: %(default)s"}
     parser.add_argument("--problems", default=list(chosen) or names, choices=names, **where)
     parser.add_argument("--solvers", default=list(solvers), choices=list(SOLVERS), **where)
-    every = [*GRIDS, *ABOVE_ZERO]
-    parser.add_argument("--grids", default=list(GRIDS), choices=every, **where)
+    parser.add_argument("--grids", default=list(GRIDS), choices=list(EVERY_GRID), **where)
     parser.add_argument("--steps", nargs="*", type=int, default=list(steps))
     parser.add_argument("--seeds", type=int, default=seeds)
     parser.add_argument("--samples", type=int, default=n)

@@ -25,7 +25,7 @@ from jax.typing import ArrayLike
 from steindiff_jax import _checks
 from steindiff_jax._identity import describe, fingerprint
 from steindiff_jax._pytree import pytree, static
-from steindiff_jax.grids import check_sigmas
+from steindiff_jax.grids import check_sigmas, unpadded
 from steindiff_jax.protocols import (
     Batch,
     Denoiser,
@@ -83,7 +83,7 @@ class Calibrated(Wrapper):
         if isinstance(sigmas, Tracer) or isinstance(self.sigmas, Tracer):
             other = jnp.shape(sigmas)[0] < self.sigmas.shape[0]  # more of them may be padding
         else:
-            mine, given = (unpadded(np.asarray(grid)) for grid in (self.sigmas, sigmas))
+            mine, given = (unpadded(grid) for grid in (self.sigmas, sigmas))
             other = mine.shape != given.shape or not np.allclose(mine, given, rtol=_RTOL, atol=0)
         if other:
             raise ValueError(
@@ -288,11 +288,6 @@ def _flat(values: list) -> Iterator:
 
 def _close(a: Array, b: Array) -> Array:
     return jnp.abs(a - b) <= _RTOL * jnp.abs(b)
-
-
-def unpadded(sigmas: np.ndarray) -> np.ndarray:
-    """The grid as far as it decreases."""
-    return sigmas[: np.count_nonzero(sigmas[1:] < sigmas[:-1]) + 1]
 
 
 def _show(sigmas: ArrayLike) -> str:

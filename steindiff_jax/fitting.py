@@ -23,8 +23,8 @@ from steindiff_jax import _checks, _random
 from steindiff_jax._identity import fingerprint
 from steindiff_jax._numerics import divide
 from steindiff_jax._pytree import pytree
-from steindiff_jax.calibration import Calibrated, calibrate, unpadded
-from steindiff_jax.grids import check_sigmas, log_snr_sigmas
+from steindiff_jax.calibration import Calibrated, calibrate
+from steindiff_jax.grids import check_sigmas, log_snr_sigmas, unpadded
 from steindiff_jax.protocols import (
     Batch,
     Denoiser,
@@ -260,7 +260,7 @@ def _start(
     if isinstance(solver, Fitted):
         solver.check(sigmas)
         return solver
-    sigmas = jnp.asarray(unpadded(np.asarray(sigmas)))
+    sigmas = jnp.asarray(unpadded(sigmas))
     steps = sigmas.size - 1
     if isinstance(solver, Stein):
         table = calibrate(key, denoiser, shape, sigmas, solver)

@@ -167,6 +167,12 @@ def check_sigmas(sigmas: ArrayLike) -> Array:
     return grid
 
 
+def unpadded(sigmas: ArrayLike) -> np.ndarray:
+    """A grid that is known by value, as far as it decreases."""
+    values = np.asarray(sigmas)
+    return values[: np.count_nonzero(values[1:] < values[:-1]) + 1]
+
+
 def _ends(within: str = "(0, inf)", **ends: Numeric) -> tuple[Array, Array]:
     """Both ends of a grid as arrays, which overflow to infinity where numbers raise."""
     (low, start), (high, end) = ends.items()

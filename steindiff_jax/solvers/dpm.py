@@ -36,8 +36,12 @@ KINDS = ("midpoint", "heun")
 def log_snr(sigmas: Sigmas) -> Sigmas:
     """-log sigma; nodes at 0 and padding each one unit after the one before, so all is finite."""
     smallest = jnp.min(sigmas, where=sigmas > 0, initial=jnp.inf)
-    beyond = (sigmas == 0) | (sigmas == jnp.roll(sigmas, 1))
-    return jnp.cumsum(beyond) - jnp.log(jnp.where(sigmas > 0, sigmas, smallest))
+    return jnp.cumsum(beyond(sigmas)) - jnp.log(jnp.where(sigmas > 0, sigmas, smallest))
+
+
+def beyond(sigmas: Sigmas) -> Array:
+    """Which nodes are at 0 or padding."""
+    return (sigmas == 0) | (sigmas == jnp.roll(sigmas, 1))
 
 
 def moments_of(h: Float[Array, " n"], order: int, prediction: str) -> Float[Array, " n {order}-1"]:

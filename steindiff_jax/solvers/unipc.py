@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from steindiff_jax._pytree import pytree, static
 from steindiff_jax.protocols import Sigmas
-from steindiff_jax.solvers.dpm import log_snr, moments_of
+from steindiff_jax.solvers.dpm import beyond, log_snr, moments_of
 from steindiff_jax.solvers.multistep import Counts, Multistep, Weights, interpolation_weights
 
 
@@ -54,7 +54,7 @@ class UniPC(Multistep):
         change = corrector.at[:, 1:].add(-predictor)
         change = change.at[:, 0].set(-change.sum(axis=1))
         # ... and in units of this step's own change.
-        last = (sigmas[1:] == 0) | (sigmas[1:] == sigmas[:-1])  # to 0, or padding
+        last = beyond(sigmas)[1:]
         drop = -jnp.diff(sigmas)
         scale = drop[:-1] / jnp.where(last, 1.0, drop)[1:]
         if self.prediction == "x0":
