@@ -167,6 +167,11 @@ def check_sigmas(sigmas: ArrayLike) -> Array:
     return grid
 
 
+def decreases(sigmas: Sigmas) -> Array:
+    """(steps,): False where a step repeats the last level, which is padding."""
+    return sigmas[1:] < sigmas[:-1]
+
+
 def unpadded(sigmas: ArrayLike) -> np.ndarray:
     """A grid that is known by value, as far as it decreases."""
     values = np.asarray(sigmas)

@@ -271,7 +271,8 @@ def test_best_of_each_side():
         row("peer", "b", 0.1, problem="grid"),
         row("ours", "c", 0.8, problem="grid"),
         row("ours", "c", 0.4, problem="curve"),
-        row("fine", "fine solve", 0.0),
+        row("fine", "fine solve", 0.1, grid="log-SNR", evaluations=40),
+        row("fine", "fine solve", 0.1, grid="log-SNR", evaluations=40, problem="grid"),
     ]
     comparison = report.Comparison(rows)
     cases = comparison.cases("vectors, guided", 5)
@@ -279,7 +280,7 @@ def test_best_of_each_side():
     assert comparison.best("peer", cases) == ("a", "Karras")
     assert comparison.best("ours", cases) == ("c", "Karras")
     assert comparison.against("one", cases)[0] == pytest.approx(np.sqrt(0.5 * 4.0))
-    assert comparison.against("case by case", cases)[0] == pytest.approx(np.sqrt(0.25 * 8.0))
+    assert comparison.against("fine", cases)[0] == pytest.approx(np.sqrt(0.25 * 0.5))
 
 
 def records():

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from steindiff_jax import _checks
 from steindiff_jax._numerics import at_least_float32
 from steindiff_jax._pytree import pytree, static
+from steindiff_jax.grids import decreases
 from steindiff_jax.protocols import (
     Batch,
     Denoiser,
@@ -73,7 +74,7 @@ class Multistep(Solver):
         """How many earlier values each step interpolates; none in a step to 0, unless told so."""
         index = jnp.arange(sigmas.size - 1)
         count = jnp.minimum(index, order - 1)
-        made = sigmas[1:] < sigmas[:-1]  # the others are padding
+        made = decreases(sigmas)
         if self.lower_order_final:
             count = jnp.minimum(count, made.sum() - 1 - index)
         return jnp.where(made & ((sigmas[1:] if denoise_last else sigmas[:-1]) > 0), count, 0)

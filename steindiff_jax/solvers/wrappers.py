@@ -9,6 +9,7 @@ from jax import Array, lax
 
 from steindiff_jax import _checks, _random
 from steindiff_jax._pytree import number, pytree
+from steindiff_jax.grids import decreases
 from steindiff_jax.protocols import (
     Batch,
     Denoiser,
@@ -104,7 +105,7 @@ class Churn(StochasticSolver):
 
     def init(self, x: Batch, sigmas: Sigmas) -> Raised:
         _without_memory("Churn", self.inner, x, sigmas)
-        steps = jnp.sum(sigmas[1:] < sigmas[:-1])
+        steps = jnp.sum(decreases(sigmas))
         return Raised(jnp.minimum(self.churn / steps, math.sqrt(2) - 1).astype(sigmas.dtype))
 
     def advance(
