@@ -141,6 +141,16 @@ class NoGate(sd.PosteriorLength):
 
 
 @sd.pytree
+class OnTheLaw(sd.PosteriorLength):
+    """The solver's delta where |x - D|^2 > sigma^2 d, which no noised data have on average."""
+
+    def coefficients(self, moments, sizes, sigma, sigma_next):
+        gamma, drift = super().coefficients(moments, sizes, sigma, sigma_next)
+        off = (moments.noise > sizes) & (moments.delta > 0)
+        return Lengths(jnp.where(off, 1.0, gamma), jnp.where(off, 0.0, drift))
+
+
+@sd.pytree
 class Residual(sd.PosteriorLength):
     """tr J = d - |x - D|^2 / sigma^2, Stein's identity for D itself, without the regression."""
 
@@ -205,6 +215,7 @@ def variants(problem: problems.Problem) -> dict:
         "length only": LengthOnly(),
         "Gaussian step only": ADDITIVE,
         "no surprise gate": NoGate(),
+        "where the identity can hold": OnTheLaw(),
         "trace: plain residual": Residual(),
         "trace: slope only": Slope(),
     }

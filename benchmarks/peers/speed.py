@@ -202,7 +202,7 @@ def first(kind: str, case: str, name: str) -> tuple[float, float]:
         start = time.perf_counter()
         program()
         seconds.append(time.perf_counter() - start)
-    return seconds[0] - seconds[1], _memory() - before
+    return max(seconds[0] - seconds[1], 0.0), _memory() - before
 
 
 def _memory() -> float:
