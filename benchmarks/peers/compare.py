@@ -24,6 +24,7 @@ GUIDED = (*NETWORKS, "clumps", "grid", "curve", "offset", "grey patches 8x8", "c
 GUIDANCE = (1.0, 3.0, 5.0, 7.0)
 PROBLEMS = (*NETWORKS, *problems.REPORT)
 TUNING_SEED = 1000
+FINE = "fine solve", "log-SNR"  # its sampler and grid
 
 
 class Row(NamedTuple):
@@ -219,7 +220,7 @@ def run(name: str, guidance: float, part: str, sizes: Sizes, path: Path) -> None
             file.flush()
 
         for seed in range(sizes.seeds if part == "ours" else 0):
-            key = "fine solve", "log-SNR", problem.fine, seed
+            key = *FINE, problem.fine, seed
             if key not in done:
                 x = problems.fine_solve(problem, distances.noise(seed))
                 add("fine", key, x, problem.fine, problem.fine)

@@ -26,7 +26,6 @@ FAMILIES = (
     "vectors, guided",
 )
 OURS: list[Sampler] = [("default (ours)", "Karras to 0.002")]  # as the README has it
-FINE: Sampler = ("fine solve", "log-SNR")
 # What each library does, or its documentation or paper, where nothing else is asked for.
 THEIRS: list[Sampler] = [
     ("DPM++ 2M (diffusers)", "own"),
@@ -92,7 +91,7 @@ class Comparison:
             self.logs[case][row.side][sampler][row.seed] = float(value)
             self.rows[case, sampler] = row
         for case, sides in self.logs.items():
-            sides["fine"][FINE] = fine[case[:2]]
+            sides["fine"][compare.FINE] = fine[case[:2]]
 
     def cases(self, name: str = "", evaluations: int = 0) -> list[Case]:
         """Those of a family that both sides have; without arguments all."""
@@ -127,23 +126,17 @@ class Comparison:
 
     def against(self, kind: str, cases: list[Case]) -> tuple[float, float]:
         """The ratio of a row of the first table."""
-        side, ours, theirs = AMONG[kind]
+        _, side, ours, theirs = KINDS[kind]
         two = self.best(side, cases, ours), self.best("peer", cases, theirs)
         return self.ratio(((c, *two) for c in cases), side)
 
 
+# The name of a row; the side of the numerator; what it and the peers' are chosen among.
 KINDS = {
-    "default": "default / best of their defaults",
-    "best": "default / best of theirs",
-    "one": "best / best",
-    "fine": "fine solve / best of theirs",
-}
-# The side of the numerator, and the samplers that it and the peers' are chosen among.
-AMONG = {
-    "default": ("ours", OURS, THEIRS),
-    "best": ("ours", OURS, None),
-    "one": ("ours", None, None),
-    "fine": ("fine", [FINE], None),
+    "default": ("default / best of their defaults", "ours", OURS, THEIRS),
+    "best": ("default / best of theirs", "ours", OURS, None),
+    "one": ("best / best", "ours", None, None),
+    "fine": ("fine solve / best of theirs", "fine", [compare.FINE], None),
 }
 
 
@@ -233,7 +226,7 @@ def against(comparison: Comparison) -> str:
         ratios = [comparison.against(kind, c) if c else (np.nan, np.nan) for _, c in found]
         values = [value for value, _ in ratios if not np.isnan(value)]
         if values:
-            lines.append((np.mean(np.log(values)), [name, KINDS[kind], *map(cell, ratios)]))
+            lines.append((np.mean(np.log(values)), [name, KINDS[kind][0], *map(cell, ratios)]))
     worst = defaultdict(lambda: -np.inf)
     for mean, (name, *_) in lines:
         worst[name] = max(worst[name], mean)
@@ -440,7 +433,7 @@ def plot(comparison: Comparison, path: Path) -> None:
         "best of ours": ("ours", None, "C3:"),
         "best of their defaults": ("peer", THEIRS, "C0-"),
         "best of theirs": ("peer", None, "C0:"),
-        "fine solve": ("fine", [FINE], "k--"),
+        "fine solve": ("fine", [compare.FINE], "k--"),
     }
     for axis, name in zip(axes[0], shown, strict=False):
         budgets = sorted({case[2] for case in comparison.cases(name)})
