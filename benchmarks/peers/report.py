@@ -341,7 +341,7 @@ def everything(comparison: Comparison, rows: list[Row]) -> str:
         lines = defaultdict(dict)
         for n, cases in zip(budgets, columns, strict=True):
             for side in ("ours", "peer"):
-                for sampler in {s for case in cases for s in comparison.logs[case][side]}:
+                for sampler in sorted({s for c in cases for s in comparison.logs[c][side]}):
                     mean = comparison.mean(side, sampler, cases)
                     row = comparison.rows.get((cases[0], sampler))
                     held = lines[sampler[0]].get(n)
