@@ -116,13 +116,17 @@ class Comparison:
     def ratio(
         self, pairs: Iterable[tuple[Case, Sampler, Sampler]], side: str = "ours"
     ) -> tuple[float, float]:
-        """Geometric mean of ours / theirs and the half-width of its interval over seeds."""
+        """Geometric mean of ours / theirs and the half-width of its interval over seeds.
+
+        A seed with fewer of the cases than another is left out: its mean is of something else.
+        """
         seeds = defaultdict(list)
         for case, ours, theirs in pairs:
             a, b = self.logs[case][side].get(ours, {}), self.logs[case]["peer"].get(theirs, {})
             for seed in a.keys() & b.keys():
                 seeds[seed].append(a[seed] - b[seed])
-        return sweep.interval([float(np.mean(logs)) for logs in seeds.values()])
+        most = max(map(len, seeds.values()), default=0)
+        return sweep.interval([float(np.mean(v)) for v in seeds.values() if len(v) == most])
 
     def against(self, kind: str, cases: list[Case]) -> tuple[float, float]:
         """The ratio of a row of the first table."""

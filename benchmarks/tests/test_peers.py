@@ -283,6 +283,16 @@ def test_best_of_each_side():
     assert comparison.against("fine", cases)[0] == pytest.approx(np.sqrt(0.25 * 0.5))
 
 
+def test_a_seed_without_all_cases_is_left_out():
+    """By hand: ratios of 2 and of 8 with one seed; of 2 alone with another, which is less."""
+    rows = [row("peer", "a", 0.1, seed=seed) for seed in (0, 1)]
+    rows += [row("ours", "c", 0.2, seed=seed) for seed in (0, 1)]
+    rows += [row("peer", "a", 0.1, problem="grid"), row("ours", "c", 0.8, problem="grid")]
+    comparison = report.Comparison(rows)
+    cases = comparison.cases("vectors, guided", 5)
+    assert comparison.against("one", cases)[0] == pytest.approx(4.0)
+
+
 def records():
     """Ours is twice as slow in one case, and twice as fast in the other."""
     made = []
