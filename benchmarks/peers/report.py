@@ -103,6 +103,10 @@ class Comparison:
             and evaluations in (0, case[2])
         ]
 
+    def samplers(self, side: str, cases: list[Case]) -> list[Sampler]:
+        """All of a side, in one order whatever the hash seed: of two that tie the first is best."""
+        return sorted({sampler for case in cases for sampler in self.logs[case][side]})
+
     def mean(self, side: str, sampler: Sampler, cases: list[Case]) -> float:
         """Infinite where a sampler was not run."""
         values = [self.logs[case][side].get(sampler) for case in cases]
@@ -110,7 +114,7 @@ class Comparison:
 
     def best(self, side: str, cases: list[Case], among: list[Sampler] | None = None):
         """One sampler and grid for all of these cases, by its mean over them and the seeds."""
-        found = among or sorted({s for case in cases for s in self.logs[case][side]})
+        found = among or self.samplers(side, cases)
         return min(found, key=lambda sampler: self.mean(side, sampler, cases), default=None)
 
     def ratio(
@@ -345,7 +349,7 @@ def everything(comparison: Comparison, rows: list[Row]) -> str:
         lines = defaultdict(dict)
         for n, cases in zip(budgets, columns, strict=True):
             for side in ("ours", "peer"):
-                for sampler in sorted({s for c in cases for s in comparison.logs[c][side]}):
+                for sampler in comparison.samplers(side, cases):
                     mean = comparison.mean(side, sampler, cases)
                     row = comparison.rows.get((cases[0], sampler))
                     held = lines[sampler[0]].get(n)
